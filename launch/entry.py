@@ -1,0 +1,126 @@
+"""What pretrain.py and sft.py share: arguments, the checked configuration, `--dry-run`, and the built-in corpus.
+
+Contract: every configuration problem is reported in one error, in under a second, before torch is imported. A rank that
+fails exits non-zero, so that the launcher stops the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # works from a clone without `pip install`
+    sys.path.insert(0, str(ROOT))
+
+from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
+from minillm.config import RunConfig, load_run_config, model_overrides, raise_problems  # noqa: E402
+from minillm.presets import PRESETS  # noqa: E402
+from minillm.training.deepspeed_config import (  # noqa: E402
+    model_state_bytes,
+    precision,
+    read_deepspeed_json,
+    resolve_deepspeed_config,
+    zero_stage,
+)
+from minillm.utils.errors import exit_on_user_error  # noqa: E402
+from minillm.utils.logging import is_main_process, say  # noqa: E402
+
+BUILTIN_ROOT = Path("data/python-docs")
+BUILTIN_SHARDS = {"pretrain": ("train", "validation"), "sft": ("instructions-train", "instructions-validation")}
+
+
+def parse_arguments(description: str, default_config: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Overrides: section.key=value, for example train.max_steps=100 optim.learning_rate=3e-4 run_name=try1",
+    )
+    parser.add_argument("--deepspeed", "--deepspeed_config", required=True, metavar="JSON", help="ds_configs/*.json")
+    parser.add_argument(
+        "--config", default=default_config, metavar="NAME|PATH", help=f"in launch/configs (default {default_config})"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and print everything, start nothing")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if on N ranks")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args()
+
+
+def main(stage: str, description: str, default_config: str) -> int:
+    """Run one launch script; returns its exit code."""
+    arguments = parse_arguments(description, default_config)
+    with exit_on_user_error():
+        run, deepspeed_config = resolve(arguments, stage)
+        if arguments.dry_run:
+            print_plan(run, deepspeed_config, ranks(arguments))
+            return 0
+        prepare_builtin_data(run)
+        from minillm.training.loop import train  # after the checks: torch and DeepSpeed take seconds to import
+
+        return train(run, deepspeed_config)
+
+
+def ranks(arguments: argparse.Namespace) -> int:
+    return arguments.ranks or int(os.environ.get("WORLD_SIZE", 1))
+
+
+def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]:
+    """Both configurations, checked against each other."""
+    configs_dir = ROOT / "launch" / "configs"
+    run, problems = load_run_config(arguments.config, arguments.overrides, stage=stage, configs_dir=configs_dir)
+    values = read_deepspeed_json(arguments.deepspeed)
+    deepspeed_config, more = resolve_deepspeed_config(values, run, ranks(arguments), arguments.deepspeed)
+    raise_problems(problems + more, f"{arguments.config} with {arguments.deepspeed} on {ranks(arguments)} rank(s)")
+    if run.data.train is None:
+        train, validation = BUILTIN_SHARDS[stage]
+        run.data.train = str(BUILTIN_ROOT / "shards" / train)
+        run.data.validation = str(BUILTIN_ROOT / "shards" / validation)
+        run.data.tokenizer = run.data.tokenizer or str(BUILTIN_ROOT / "tokenizer")
+    elif run.data.tokenizer is None and run.model.init_from is None:
+        raise_problems(
+            ["data.tokenizer: needed with data.train; train one with `python -m data_tools.tokenizer train`"],
+            arguments.config,
+        )
+    return run, deepspeed_config
+
+
+def uses_builtin_data(run: RunConfig) -> bool:
+    return isinstance(run.data.train, str) and Path(run.data.train).parent == BUILTIN_ROOT / "shards"
+
+
+def prepare_builtin_data(run: RunConfig) -> None:
+    """Build the corpus of this machine's Python documentation where a run wants it and it is not there."""
+    if not uses_builtin_data(run):
+        return
+    from data_tools.builtin import prepare_builtin
+
+    say(f"data: the built-in corpus (this machine's Python documentation) in {BUILTIN_ROOT}")
+    prepare_builtin(BUILTIN_ROOT)
+
+
+def print_plan(run: RunConfig, deepspeed_config: dict, world_size: int) -> None:
+    """What --dry-run shows."""
+    if not is_main_process():
+        return
+    fields = {**PRESETS[run.model.preset], **model_overrides(run)}
+    counts = num_parameters(fields)
+    stage = zero_stage(deepspeed_config)
+    memory = model_state_bytes(counts["total"], deepspeed_config, world_size)
+    parts = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in memory.items())
+    accumulation = deepspeed_config["gradient_accumulation_steps"]
+    length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.num_epochs:g} epochs"
+    rows = {
+        "run": f"{run.run_name} ({run.stage}) in {run.run_dir}, {length}",
+        "model": f"{run.model.preset}" + (f", weights from {run.model.init_from}" if run.model.init_from else ""),
+        "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
+        "FLOPs a token": f"{flops_per_token(fields, run.data.seq_len):,} (6 N + 6 L D T, forward and backward)",
+        "batch": f"{run.train.train_batch_size} sequences of {run.data.seq_len} = "
+        f"{run.train.train_micro_batch_size_per_gpu} x {accumulation} micro-steps x {world_size} rank(s)",
+        "DeepSpeed": f"ZeRO-{stage}, {precision(deepspeed_config)}",
+        "memory a GPU": f"{sum(memory.values()) / 2**20:,.1f} MiB before activations ({parts})",
+        "data": f"{run.data.train} | {run.data.validation}",
+    }
+    for name, value in rows.items():
+        print(f"{name:14s} {value}")

@@ -1,0 +1,323 @@
+"""The run configuration: one dataclass-like tree, dataclass default < YAML < command line.
+
+Contract: `load_run_config` returns a RunConfig or raises one UserError that lists every problem, each with key, value,
+rule and fix. No torch, no transformers: `--dry-run` answers in under a second. DeepSpeed's JSON owns ZeRO, precision
+and offload (training/deepspeed_config.py); this file owns batch, schedule, data and model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from minillm.presets import PRESETS
+from minillm.utils.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+
+
+class ModelSection(Section):
+    """Which decoder. Every other key is an architecture field and overrides the preset's value."""
+
+    model_config = ConfigDict(extra="allow")
+    preset: str = Field("demo", description="a preset's name")
+    init_from: str | None = Field(
+        None, description="null, a run, a model folder, or `newest` (the newest pretraining run)"
+    )
+    moe_backend: Literal["auto", "torch", "deepspeed", "autoep"] = Field("auto", description="who runs the experts")
+    expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
+
+
+class TrainSection(Section):
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give train.num_epochs")
+    num_epochs: float | None = Field(None, gt=0, description="passes over data.train; or give train.max_steps")
+    train_batch_size: int = Field(32, ge=1, description="sequences of one optimizer step over all ranks together")
+    train_micro_batch_size_per_gpu: int = Field(8, ge=1, description="sequences a rank takes in one forward pass")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="torch.compile the model (about a minute at the start)")
+
+
+class DataSource(Section):
+    name: str = Field(description="a short name, used in metrics")
+    path: str = Field(description="a path, glob, brace pattern or URL of shards")
+    weight: float | None = Field(None, gt=0, description="share of the batches; without it, the source's size")
+
+
+Sources = str | list[DataSource] | None
+
+
+class DataSection(Section):
+    train: Sources = Field(None, description="null (the built-in corpus), a path, glob, braces or URL, or a list")
+    validation: Sources = Field(None, description="as data.train")
+    tokenizer: str | None = Field(None, description="a tokenizer folder (null: the built-in corpus's, or init_from's)")
+    seq_len: int = Field(512, ge=2, description="tokens of one sequence")
+    packing: Literal["concat", "none"] | None = Field(
+        None, description="concat: documents joined and cut every seq_len; none: one a row (null: by stage)"
+    )
+    cache_dir: str | None = Field(None, description="where compiled and downloaded shards go (null: data/cache)")
+    max_bad_samples: int = Field(0, ge=0, description="unreadable samples to skip before the run stops")
+
+
+class OptimSection(Section):
+    learning_rate: float = Field(1e-3, gt=0, description="the peak, typically 1e-4 to 1e-3")
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the end, as a part of the peak")
+    lr_schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="the shape after warm-up")
+    warmup_ratio: float = Field(0.02, ge=0, lt=1, description="part of max_steps that warms up linearly")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="part of max_steps in which wsd decays at the end")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled, on matrices only")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's denominator")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches it off")
+
+
+class ValidationSection(Section):
+    every: int = Field(100, ge=0, description="steps between validations; 0: only at the end")
+    max_sequences: int | None = Field(None, ge=1, description="sequences of each source (null: all)")
+
+
+class SamplesSection(Section):
+    every: int = Field(0, ge=0, description="steps between samples; 0: none")
+    prompts: list[str] = Field(default_factory=list, description="texts to continue (questions, after fine-tuning)")
+    max_new_tokens: int = Field(48, ge=1, description="length of a sample")
+
+
+class CheckpointSection(Section):
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept; the best by val_loss is kept besides")
+
+
+class LogSection(Section):
+    every: int = Field(1, ge=1, description="steps between metrics.jsonl lines")
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online with a key (WANDB_API_KEY or netrc), offline without"
+    )
+    wandb_project: str = Field("minillm", description="project name in W&B")
+    tensorboard: bool = Field(False, description="event files in the run folder (needs the tensorboard package)")
+
+
+class RunConfig(Section):
+    """One run. `stage` is set by the launch script; everything else by defaults, YAML and command line."""
+
+    run_name: str = Field("", description="a folder name; default: the config's name", pattern=r"^[\w.\-]*$")
+    run_root: str = Field("runs", description="where run folders stand")
+    seed: int = Field(42, ge=0, lt=2**63, description="of weights, data order and sampling")
+    stage: Literal["pretrain", "sft"] = "pretrain"
+    model: ModelSection = Field(default_factory=ModelSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    data: DataSection = Field(default_factory=DataSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
+    samples: SamplesSection = Field(default_factory=SamplesSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run_root) / self.run_name
+
+    @property
+    def packing(self) -> str:
+        return self.data.packing or ("none" if self.stage == "sft" else "concat")
+
+
+def load_run_config(config: str, overrides: list[str], *, stage: str, configs_dir: Path) -> tuple[RunConfig, list[str]]:
+    """Read launch/configs/NAME.yaml (or a path), apply `section.key=value` words, check everything.
+
+    Returns:
+        The configuration and every problem found in it, one sentence each; a section with a problem holds defaults, so
+        that the caller can go on checking before it raises.
+
+    Raises:
+        UserError: there is no such file, or it is not YAML.
+    """
+    path = find_config(config, configs_dir)
+    values = read_yaml(path)
+    origin: dict[str, str] = {}
+    problems = apply_overrides(values, overrides, origin)
+    values.setdefault("run_name", path.stem)
+    values["stage"] = stage
+    try:
+        run = RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems += [describe_problem(item, origin, path) for item in error.errors()]
+        broken = {item["loc"][0] for item in error.errors()}
+        run = RunConfig.model_validate({k: v for k, v in values.items() if k not in broken})
+        if "train" in broken:
+            run.train.max_steps = 1  # so that its absence is not reported on top
+    return run, problems + check_run_config(run)
+
+
+def raise_problems(problems: list[str], where: str) -> None:
+    """Raise one UserError that lists `problems`; return if there are none."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{count} in the configuration {where}:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def find_config(config: str, configs_dir: Path) -> Path:
+    """A path, or a name in launch/configs."""
+    for candidate in (Path(config), configs_dir / f"{config}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.stem for p in configs_dir.glob("*.yaml"))
+    raise UserError(f"--config {config}: no such file, and no such name in {configs_dir}{nearest(config, names)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be a mapping of sections, not a {type(values).__name__}")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str], origin: dict[str, str]) -> list[str]:
+    """Write `a.b=value` words into `values`; the words' keys go into `origin` so that errors can say where from."""
+    problems = []
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            problems.append(f"`{word}`: an override is written section.key=value, for example optim.learning_rate=3e-4")
+            continue
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            problems.append(f"{key}: `{text}` is not a YAML value; quote it")
+            continue
+        target = values
+        *sections, last = key.split(".")
+        for part in sections:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+            if not isinstance(target, dict):
+                problems.append(f"`{word}`: {part} is not a section")
+                break
+        else:
+            target[last] = value
+            origin[key] = "command line"
+    return problems
+
+
+def valid_keys(location: tuple) -> list[str]:
+    """The keys that the section at `location` takes."""
+    section: Any = RunConfig
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        annotation = field.annotation if field else None
+        if isinstance(part, int):
+            section = DataSource
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return list(section.model_fields)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """`; did you mean X?` when a valid name is close, else the list of valid names."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else f"; valid: {', '.join(names)}"
+
+
+def describe_problem(item: dict[str, Any], origin: dict[str, str], path: Path) -> str:
+    """One pydantic error as a sentence: key, value, rule, fix, place."""
+    location = tuple(p for p in item["loc"] if p not in ("str", "list[DataSource]", "none"))
+    key = ".".join(str(p) for p in location)
+    where = next((origin[k] for k in origin if k == key or k.startswith(key + ".")), str(path))
+    if item["type"] == "extra_forbidden":
+        elsewhere = [f"{s}.{location[-1]}" for s in RunConfig.model_fields if location[-1] in valid_keys((s,))
+                     and s not in valid_keys(())[:4]] if len(location) == 1 else []
+        near = nearest(str(location[-1]), valid_keys(location[:-1]))
+        return f"{key}: unknown key{f'; did you mean `{elsewhere[0]}`?' if elsewhere else near} (from {where})"
+    section: Any = RunConfig
+    field = None
+    for part in location:
+        field = getattr(section, "model_fields", {}).get(part) if isinstance(part, str) else None
+        section = field.annotation if field else DataSource
+    rule = item["msg"][0].lower() + item["msg"][1:]
+    what = f" ({field.description})" if field is not None and field.description else ""
+    return f"{key} = {item['input']!r}: {rule}{what} (from {where})"
+
+
+def check_run_config(run: RunConfig) -> list[str]:
+    """Rules that span several keys and need nothing but the config."""
+    problems = []
+    if (run.train.max_steps is None) == (run.train.num_epochs is None):
+        both = "both are given" if run.train.max_steps is not None else "neither is given"
+        problems.append(f"train.max_steps / train.num_epochs: exactly one says how long the run is, {both}; set one")
+    if run.train.train_batch_size % run.train.train_micro_batch_size_per_gpu:
+        problems.append(
+            f"train.train_batch_size = {run.train.train_batch_size}: must be a multiple of "
+            f"train.train_micro_batch_size_per_gpu = {run.train.train_micro_batch_size_per_gpu}"
+        )
+    if run.optim.lr_schedule == "wsd" and run.optim.warmup_ratio + run.optim.decay_ratio > 1:
+        problems.append("optim.warmup_ratio + optim.decay_ratio must not exceed 1")
+    if (run.data.train is None) != (run.data.validation is None) and run.data.train is None:
+        problems.append("data.validation: given without data.train; give both, or neither for the built-in corpus")
+    if run.samples.every and not run.samples.prompts:
+        problems.append("samples.every: there is nothing to sample from; give samples.prompts, or samples.every=0")
+    return problems + check_model(run)
+
+
+def check_model(run: RunConfig) -> list[str]:
+    section, problems = run.model, []
+    if section.preset not in PRESETS:
+        return [f"model.preset = {section.preset!r}: unknown preset{nearest(section.preset, sorted(PRESETS))}"]
+    fields = PRESETS[section.preset]
+    overrides = model_overrides(run)
+    for name, value in overrides.items():
+        if name not in fields:
+            names = [*ModelSection.model_fields, *fields]
+            problems.append(f"model.{name}: unknown architecture field{nearest(name, names)}")
+        elif section.init_from is not None:
+            problems.append(f"model.{name} = {value!r}: the model comes from model.init_from; its shape cannot change")
+        elif isinstance(fields[name], bool) != isinstance(value, bool) or (
+            isinstance(fields[name], (int, float)) and not isinstance(value, (int, float))
+        ):
+            problems.append(f"model.{name} = {value!r}: must be a {type(fields[name]).__name__}, like {fields[name]!r}")
+    is_dense = "sparse" not in (overrides.get("mlp_layer_types") or fields.get("mlp_layer_types") or [])
+    if is_dense and (section.moe_backend in ("deepspeed", "autoep") or section.expert_parallel_size > 1):
+        problems.append(
+            f"model.moe_backend = {section.moe_backend}, model.expert_parallel_size = {section.expert_parallel_size}: "
+            f"{section.preset} has no experts; leave them at auto and 1"
+        )
+    return problems
+
+
+def model_overrides(run: RunConfig) -> dict[str, Any]:
+    """The architecture fields given in the model section, over the preset's."""
+    return dict(run.model.model_extra or {})
+
+
+def resolve_accumulation(run: RunConfig, world_size: int) -> int:
+    """gradient_accumulation_steps = train_batch_size / (micro-batch x ranks).
+
+    Raises:
+        UserError: when it does not divide, with the nearest sizes that do.
+    """
+    batch, micro = run.train.train_batch_size, run.train.train_micro_batch_size_per_gpu
+    if batch % (micro * world_size) == 0:
+        return batch // (micro * world_size)
+    fitting = [m for m in range(1, batch + 1) if batch % (m * world_size) == 0]
+    fix = (
+        f"train.train_micro_batch_size_per_gpu={max((m for m in fitting if m <= micro), default=fitting[0])}"
+        if fitting
+        else f"train.train_batch_size={-(-batch // (micro * world_size)) * micro * world_size}, or fewer ranks"
+    )
+    raise UserError(
+        f"train.train_batch_size = {batch} does not divide into micro-batches of {micro} on {world_size} ranks "
+        f"({micro} x {world_size} = {micro * world_size}); use {fix}"
+    )
+
+
+def dump_run_config(run: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,111 @@
+"""Grouped-query attention, of which multi-head and multi-query attention are the two ends (arXiv:2305.13245).
+
+Shapes: B batch, T time (queries), S time (keys, cached ones included), D hidden, N query heads, K key/value heads,
+H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.linear import Linear, should_widen
+from minillm.models.positions import apply_rotary
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(H)) v.
+
+    Args:
+        query: [B, N, T, H]; key, value: [B, K, S, H] with K dividing N.
+        mask: None for causal attention over T == S (or one query that sees all keys), else bool [B, 1, T, S].
+
+    Returns:
+        [B, N, T, H] in the query's dtype.
+    """
+    dtype = query.dtype
+    if should_widen(query):
+        query, key, value = query.float(), key.float(), value.float()
+    is_causal = mask is None and query.shape[2] > 1
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.to(dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention with N query heads sharing K key/value heads, rotary positions and a cache."""
+
+    def __init__(self, config: MiniLLMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_value_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, query_width, bias=False)
+        self.k_proj = Linear(config.hidden_size, key_value_width, bias=False)
+        self.v_proj = Linear(config.hidden_size, key_value_width, bias=False)
+        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]; `positions` are the cosines and sines of RotaryEmbedding."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = apply_rotary(self.q_proj(hidden_states).view(shape), *positions).transpose(1, 2)  # [B, N, T, H]
+        key = apply_rotary(self.k_proj(hidden_states).view(shape), *positions).transpose(1, 2)  # [B, K, T, H]
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, H]
+        mixed = attend(query, key, value, attention_mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def build_attention_mask(
+    length: int,
+    device: torch.device,
+    attention_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> torch.Tensor | None:
+    """The mask all full_attention layers of one forward share.
+
+    Args:
+        length: T, the number of new tokens.
+        attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished mask [B, 1, T, S], returned as it is.
+        document_ids: [B, T], equal within a document; only without cached tokens.
+        past_key_values: the cache, before this forward's keys are added.
+
+    Returns:
+        None where plain causal attention over the T new tokens (or one query that sees everything) is right, else
+        bool [B, 1, T, S], True where a query may look. Every query may look at itself, padding included, so that no
+        row is empty: softmax over nothing is NaN on some backends.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+    num_keys, offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
+    if document_ids is not None and num_cached:
+        raise ValueError("document_ids cannot be used with cached tokens: pack documents only without a cache")
+    if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
+        attention_mask = None
+    fits = num_keys == num_cached + length  # false for a static cache, whose tail holds no tokens yet
+    if attention_mask is None and document_ids is None and fits and (length == 1 or not num_cached):
+        return None
+    queries = torch.arange(num_cached, num_cached + length, device=device)[:, None]
+    keys = torch.arange(offset, offset + num_keys, device=device)[None, :]
+    mask = (keys <= queries)[None, None]  # [1, 1, T, S]
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        real = F.pad(real, (0, max(0, offset + num_keys - real.shape[1])))[:, offset : offset + num_keys]
+        mask = mask & real[:, None, None, :] | (keys == queries)
+    return mask

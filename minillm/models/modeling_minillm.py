@@ -1,0 +1,225 @@
+"""The decoder: embedding, layers of residual + norm + mixer and residual + norm + MLP, a last norm, an output product.
+
+Contract: which mixer, MLP, norm and positions a layer has is the config's choice (build_mixer, build_mlp, build_norm,
+build_positions); nothing here asks which preset it is. A PreTrainedModel: save_pretrained, from_pretrained, generate
+with transformers' Cache, activation checkpointing by gradient_checkpointing_enable().
+
+Shapes: B batch, T time, S time with cached tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from minillm.models.attention import build_attention_mask
+from minillm.models.chat import encode_chat
+from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.linear import Linear
+from minillm.models.loss import next_token_targets, token_loss
+from minillm.models.mixers import build_mixer
+from minillm.models.mlp import build_mlp
+from minillm.models.normalization import build_norm
+from minillm.models.positions import build_positions
+
+
+class MiniLLMDecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: MiniLLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = build_norm(config)
+        self.mixer = build_mixer(config, layer_idx)
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = build_mlp(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]; the other arguments as in minillm.models.mixers."""
+        mixed = self.mixer(self.input_layernorm(hidden_states), positions, attention_mask, past_key_values)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MiniLLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the architecture."""
+
+    config_class = MiniLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniLLMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+
+class MiniLLMModel(MiniLLMPreTrainedModel):
+    """The decoder without its output product."""
+
+    def __init__(self, config: MiniLLMConfig):
+        super().__init__(config)
+        # No padding_idx: padding is <|endoftext|> here, a token with a meaning, whose embedding is trained.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MiniLLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.positions = build_positions(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states [B, T, D] after the last norm. Arguments as in MiniLLMForCausalLM.forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if isinstance(attention_mask, dict):  # what `generate` makes, by layer type, for a cache of fixed size
+            attention_mask = attention_mask["full_attention"]
+        length, device = hidden_states.shape[1], hidden_states.device
+        if position_ids is None:
+            position_ids = _default_position_ids(length, device, attention_mask, past_key_values)
+        mask = build_attention_mask(length, device, attention_mask, document_ids, past_key_values)
+        positions = self.positions(position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, positions=positions, attention_mask=mask, past_key_values=past_key_values
+            )
+        output = BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return output if return_dict is not False else output.to_tuple()
+
+
+def _default_position_ids(
+    length: int, device: torch.device, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+) -> torch.Tensor:
+    """[1, T] counted on from the cache, or [B, T] counted over the real tokens where a 0/1 mask says which they are."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    start = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return torch.arange(start, start + length, device=device)[None]
+
+
+class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
+    """The decoder with its output product: next-token logits, the training loss, generation and chat."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniLLMConfig):
+        super().__init__(config)
+        self.model = MiniLLMModel(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """One pass.
+
+        Args:
+            input_ids: [B, T]; or inputs_embeds [B, T, D] in its place.
+            attention_mask: 0/1 [B, S], 0 at padding (left or right); or a finished mask [B, 1, T, S],
+                alone or in a dictionary by layer type.
+            position_ids: [B, T]; counted from the mask and the cache when absent. Packed rows pass their own, which
+                begin again at each document.
+            document_ids: [B, T], equal within a document: tokens see only their own document.
+            past_key_values: transformers' Cache, extended in place.
+            labels: [B, T], shifted here: the logits at t are held against labels[t + 1]. -100 is ignored.
+            shift_labels: [B, T], already the targets of their own position. -100 is ignored. Not with `labels`.
+            num_items_in_batch: the loss is the sum over targets divided by this; the mean over targets when absent.
+                A batch without targets has loss 0 and zero gradients either way.
+            use_cache: make a DynamicCache where none is given.
+            logits_to_keep: keep the logits of the last so many positions (0: all), or of these positions.
+            return_logits: default: everywhere but in training with targets, where only the loss is wanted and the
+                logits need not be kept. With False `logits` is None.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, document_ids, past_key_values, inputs_embeds, use_cache
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and shift_labels is not None:
+            raise ValueError("pass either labels or shift_labels, not both")
+        targets = next_token_targets(labels) if labels is not None else shift_labels
+        loss = None
+        if targets is not None:
+            loss = token_loss(self.lm_head(hidden_states), targets, num_items_in_batch)
+        logits = None
+        if return_logits or (return_logits is None and not (self.training and targets is not None)):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            kept = kept if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return output if return_dict is not False else output.to_tuple()
+
+    @torch.no_grad()
+    def chat(
+        self,
+        message: str,
+        history: list[dict[str, str]] | None = None,
+        tokenizer=None,
+        **generate_kwargs,
+    ) -> str:
+        """The model's reply to `message`.
+
+        Args:
+            history: earlier turns, {"role", "content"} each, oldest first; left as it is.
+            tokenizer: one with a chat template; loaded from the folder the model came from when absent.
+            generate_kwargs: for `generate`; by default 256 new tokens, fewer where the context ends.
+
+        Raises:
+            ValueError: no tokenizer or no chat template, or a conversation as long as the context.
+        """
+        if tokenizer is None:
+            if not self.config._name_or_path:
+                raise ValueError("this model was not loaded from a folder: pass chat(..., tokenizer=...)")
+            tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path)
+        messages = [*(history or []), {"role": "user", "content": message}]
+        ids, end_of_turn = encode_chat(tokenizer, messages)
+        room = self.config.max_position_embeddings - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens and the context {self.config.max_position_embeddings}: "
+                "shorten the message or drop old turns of the history"
+            )
+        if "max_length" not in generate_kwargs:
+            generate_kwargs.setdefault("max_new_tokens", min(256, room))
+        generate_kwargs.setdefault("eos_token_id", end_of_turn)
+        generate_kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
+        prompt = torch.tensor([ids], device=self.device)
+        was_training = self.training
+        self.eval()
+        try:
+            output = self.generate(prompt, attention_mask=torch.ones_like(prompt), **generate_kwargs)
+        finally:
+            self.train(was_training)
+        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()

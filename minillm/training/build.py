@@ -1,0 +1,157 @@
+"""From a run configuration to tokenizer, streams and model: what the loop needs before an engine exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minillm.config import RunConfig, Sources, model_overrides
+from minillm.data.loader import BatchLoader
+from minillm.data.sources import TokenSource, open_sources
+from minillm.data.stream import build_stream
+from minillm.data.tokenizer import fingerprint, load_tokenizer
+from minillm.interop.convert import load_as_minillm, load_config_as_minillm
+from minillm.interop.load import newest_run_checkpoint, resolve_model_folder
+from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.presets import PRESETS
+from minillm.training.run_folder import recorded_run
+from minillm.utils import distributed
+from minillm.utils.errors import UserError
+from minillm.utils.logging import say
+
+
+ANY_NUMBER = 2**62
+
+
+@dataclass
+class Data:
+    """What is trained on and validated with."""
+
+    tokenizer: object
+    train: list[TokenSource]
+    validation: list[TokenSource]
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What has to be the same for a resumed run to see the same batches."""
+        return {
+            "tokenizer": fingerprint(self.tokenizer),
+            "train": [[s.name, s.weight, s.num_tokens, s.num_documents] for s in self.train],
+        }
+
+
+def open_data(run: RunConfig) -> Data:
+    """Open (compiling or downloading first, where needed) the token shards of a run. No process group is needed.
+
+    Raises:
+        UserError: missing or damaged shards, a tokenizer that does not match, nothing in them.
+    """
+    options = {
+        "tokenizer_path": Path(run.data.tokenizer),
+        "cache_dir": Path(run.data.cache_dir or "data/cache"),
+        "max_bad_samples": run.data.max_bad_samples,
+    }
+    train = open_sources(_spec(run.data.train), **options)
+    validation = open_sources(_spec(run.data.validation), **options) if run.data.validation else []
+    return Data(load_tokenizer(run.data.tokenizer), train, validation)
+
+
+def _spec(sources: Sources) -> str | list[dict[str, object]]:
+    return sources if isinstance(sources, str) else [s.model_dump(exclude_none=True) for s in sources]
+
+
+def build_loader(run: RunConfig, sources: list[TokenSource], *, num_epochs: float | None) -> BatchLoader:
+    """The training loader: endless, or masked after `num_epochs`."""
+    stream = build_stream(sources, seq_len=run.data.seq_len, packing=run.packing, seed=run.seed)
+    last = None if num_epochs is None else round(num_epochs * stream.num_sequences)
+    return BatchLoader(
+        stream,
+        train_batch_size=run.train.train_batch_size,
+        micro_batch_size=run.train.train_micro_batch_size_per_gpu,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        max_sequences=last,
+        max_bad_rows=ANY_NUMBER,  # the loop adds up all ranks' and stops them together
+    )
+
+
+def build_validation_loaders(run: RunConfig, sources: list[TokenSource]) -> dict[str, BatchLoader]:
+    """One loader a source, over its first validation.max_sequences in order."""
+    loaders = {}
+    micro = run.train.train_micro_batch_size_per_gpu
+    for source in sources:
+        stream = build_stream([source], seq_len=run.data.seq_len, packing=run.packing, seed=run.seed, shuffle=False)
+        loaders[source.name] = BatchLoader(
+            stream,
+            train_batch_size=micro * distributed.world_size(),
+            micro_batch_size=micro,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            max_sequences=min(stream.num_sequences, run.validation.max_sequences or stream.num_sequences),
+            max_bad_rows=run.data.max_bad_samples,
+        )
+    return loaders
+
+
+def resolve_init_from(run: RunConfig) -> None:
+    """Replace `model.init_from` by the folder it means: `newest` is the newest pretraining run's newest checkpoint.
+
+    A resumed run keeps the folder its first start recorded. The tokenizer comes from there where none is configured.
+    """
+    if run.model.init_from is None:
+        return
+    recorded = (recorded_run(run.run_dir) or {}).get("model", {}).get("init_from")
+    if run.model.init_from == "newest":
+        run.model.init_from = recorded or str(newest_run_checkpoint(Path(run.run_root), stage="pretrain"))
+    else:
+        run.model.init_from = str(resolve_model_folder(run.model.init_from, run.run_root))
+    run.data.tokenizer = run.data.tokenizer or run.model.init_from
+
+
+def load_initial_weights(model: MiniLLMForCausalLM, folder: str) -> None:
+    """Weights of a run, an exported folder, or a Hugging Face folder of a family interop knows."""
+    model.load_state_dict(load_as_minillm(Path(folder)).state_dict())
+
+
+def copy_parameters(model: MiniLLMForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def resolve_model_config(run: RunConfig, tokenizer) -> MiniLLMConfig:
+    """The preset with its overrides, or the config of `model.init_from`, fitted to the tokenizer and checked.
+
+    Raises:
+        UserError: shapes that cannot work, or a vocabulary smaller than the tokenizer's.
+    """
+    if run.model.init_from:
+        config = load_config_as_minillm(Path(run.model.init_from))
+    else:
+        fields = {**PRESETS[run.model.preset], **model_overrides(run)}
+        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                   "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+        try:
+            config = MiniLLMConfig(**{**fields, **special})
+        except ValueError as error:
+            raise UserError(f"model: {error}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.vocab_size}: the tokenizer {run.data.tokenizer} has {len(tokenizer)} tokens; "
+            f"set model.vocab_size to at least that, or train a smaller tokenizer"
+        )
+    if run.data.seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len = {run.data.seq_len}: the model has {config.max_position_embeddings} positions; "
+            f"lower data.seq_len or raise model.max_position_embeddings"
+        )
+    return config
+
+
+def build_model(run: RunConfig, config: MiniLLMConfig) -> MiniLLMForCausalLM:
+    """A freshly initialised fp32 model, the same on every rank; its weights come later where there are any."""
+    torch.manual_seed(run.seed)
+    model = MiniLLMForCausalLM(config)
+    total = sum(p.numel() for p in model.parameters())
+    say(f"model: {run.model.preset}, {total:,} parameters, sequence length {run.data.seq_len}")
+    return model

@@ -1,0 +1,190 @@
+"""DeepSpeed's JSON: read, checked, and its "auto" values resolved from the run configuration.
+
+Contract: the JSON owns ZeRO, precision, offload and buckets; the YAML owns batch, accumulation and clipping. A value
+both state must agree. Stdlib only, so that `--dry-run` needs neither torch nor DeepSpeed. Problems are returned, not
+raised. Checked against DeepSpeed 0.19.8 (which ignores unknown top-level keys in silence; here they are errors).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minillm.config import RunConfig, nearest, resolve_accumulation
+from minillm.utils.errors import UserError
+
+TOP_LEVEL_KEYS = [
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_allgather", "comms_logger", "flops_profiler",
+    "activation_checkpointing", "aio", "compile", "timers", "expert_parallel",
+]  # fmt: skip
+OWNED_ELSEWHERE = {
+    "optimizer": "the `optim` section of the YAML",
+    "scheduler": "optim.lr_schedule in the YAML",
+    "wandb": "log.wandb in the YAML",
+    "tensorboard": "log.tensorboard in the YAML",
+    "csv_monitor": "runs/NAME/metrics.jsonl, which is always written",
+    "checkpoint": "the `checkpoint` section of the YAML",
+}
+REMOVED = [
+    "elasticity", "nebula", "curriculum_learning", "progressive_layer_drop", "amp", "compression_training",
+    "sparse_gradients", "sparse_attention",
+]  # fmt: skip
+ZERO_KEYS = [
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+    "allgather_partitions", "allgather_bucket_size", "overlap_comm", "offload_param", "offload_optimizer",
+    "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save", "ignore_unused_parameters", "round_robin_gradients",
+    "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+    "memory_efficient_linear", "log_trace_cache_warnings", "leaf_module",
+]  # fmt: skip
+PRECISION_KEYS = {
+    "bf16": ["enabled", "immediate_grad_update", "check_grad_overflow"],
+    "fp16": ["enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+             "consecutive_hysteresis", "min_loss_scale"],
+}  # fmt: skip
+
+
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read the file given to --deepspeed.
+
+    Raises:
+        UserError: missing, not JSON, a key given twice, or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = sorted(str(p) for p in (Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+        raise UserError(f"--deepspeed {path}: no such file; shipped configurations: {', '.join(shipped)}")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(f"{path}: {', '.join(twice)} given twice; keep one")
+        return dict(pairs)
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
+def resolve_deepspeed_config(
+    values: dict[str, Any], run: RunConfig, world_size: int, where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Replace "auto" by the run's values and check the rest.
+
+    Args:
+        values: the parsed JSON.
+        world_size: data-parallel ranks.
+        where: the JSON's path, for the messages.
+
+    Returns:
+        The dictionary for `deepspeed.initialize`, and the problems found (sentences).
+    """
+    problems = check_keys(values, where) + check_precision(values, where)
+    resolved = json.loads(json.dumps(values))
+    try:
+        accumulation = resolve_accumulation(run, world_size)
+    except UserError as error:
+        problems.append(str(error))
+        accumulation = 0
+    shared = {
+        "train_batch_size": (run.train.train_batch_size, "train.train_batch_size"),
+        "train_micro_batch_size_per_gpu": (
+            run.train.train_micro_batch_size_per_gpu,
+            "train.train_micro_batch_size_per_gpu",
+        ),
+        "gradient_accumulation_steps": (accumulation, "train_batch_size / (micro-batch x ranks)"),
+        "gradient_clipping": (run.optim.gradient_clipping, "optim.gradient_clipping"),
+    }
+    for key, (value, owner) in shared.items():
+        given = values.get(key, "auto")
+        if given not in ("auto", value) and value:
+            problems.append(
+                f"{where}: {key} = {given!r}, but the run's {owner} = {value!r}; set it to \"auto\" in the JSON"
+            )
+        # DeepSpeed clips at 1.0 where the key is absent, so it is always written out.
+        resolved[key] = value
+    resolved["steps_per_print"] = values.get("steps_per_print", 2**31 - 1)
+    # torch's fused AdamW takes the place of DeepSpeed's own: no compiler is needed at the first start.
+    resolved["zero_allow_untested_optimizer"] = True
+    resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved, problems
+
+
+def zero_stage(values: dict[str, Any]) -> int:
+    return int(values.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision(values: dict[str, Any]) -> str:
+    """bf16, fp16 or fp32."""
+    return next((name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled")), "fp32")
+
+
+def check_keys(values: dict[str, Any], where: str) -> list[str]:
+    problems = []
+    for key in values:
+        if key in OWNED_ELSEWHERE:
+            problems.append(f"{where}: {key} belongs to {OWNED_ELSEWHERE[key]}; remove it here")
+        elif key in REMOVED:
+            problems.append(f"{where}: {key} was removed from DeepSpeed (0.19); remove it here")
+        elif key not in TOP_LEVEL_KEYS:
+            problems.append(f"{where}: {key} is not a DeepSpeed key{nearest(key, TOP_LEVEL_KEYS)}")
+    for section, keys in {"zero_optimization": ZERO_KEYS, **PRECISION_KEYS}.items():
+        inner = values.get(section, {})
+        if not isinstance(inner, dict):
+            problems.append(f"{where}: {section} must be an object, not {inner!r}")
+            continue
+        for key in inner:
+            if key not in keys:
+                problems.append(f"{where}: {section}.{key} is not a DeepSpeed key{nearest(key, keys)}")
+    return problems
+
+
+def check_precision(values: dict[str, Any], where: str) -> list[str]:
+    zero = values.get("zero_optimization", {})
+    if not all(isinstance(values.get(k, {}), dict) for k in ("zero_optimization", "bf16", "fp16")):
+        return []  # check_keys has named it
+    problems = []
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        return [f"{where}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"]
+    if values.get("bf16", {}).get("enabled") and values.get("fp16", {}).get("enabled"):
+        problems.append(f"{where}: bf16 and fp16 are both enabled; keep one")
+    if values.get("fp16", {}).get("enabled"):
+        problems.append(f"{where}: fp16 is not supported by this trainer; use bf16")
+    if stage == 0 and precision(values) == "bf16":
+        problems.append(
+            f"{where}: bf16 at ZeRO stage 0 uses a DeepSpeed optimizer whose state cannot be saved; use stage 1"
+        )
+    if values.get("bf16", {}).get("check_grad_overflow") is False:
+        problems.append(f"{where}: bf16.check_grad_overflow = false would apply non-finite gradients; remove it")
+    for key in ("offload_param", "offload_optimizer"):
+        device = zero.get(key, {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            problems.append(f"{where}: zero_optimization.{key}.device = {device!r}: must be cpu or none")
+    if zero.get("offload_param", {}).get("device", "none") != "none" and stage != 3:
+        problems.append(f"{where}: zero_optimization.offload_param needs stage 3")
+    return problems
+
+
+def model_state_bytes(num_parameters: int, values: dict[str, Any], world_size: int) -> dict[str, int]:
+    """Bytes a rank holds for weights, gradients and optimizer (ZeRO, arXiv:1910.02054, section 3); no activations."""
+    stage, low = zero_stage(values), 4 if precision(values) == "fp32" else 2
+    since = {"optimizer": 1, "gradients": 2, "weights": 3}
+    share = {name: world_size if stage >= first else 1 for name, first in since.items()}
+    moments_and_master = 8 if precision(values) == "fp32" and stage == 0 else 12
+    return {
+        "weights": low * num_parameters // share["weights"],
+        "gradients": 4 * num_parameters // share["gradients"],
+        "optimizer": moments_and_master * num_parameters // share["optimizer"],
+    }

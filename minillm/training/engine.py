@@ -1,0 +1,135 @@
+"""DeepSpeed's engine: opened, warmed up, stepped and closed. The only place that calls `deepspeed.initialize`.
+
+Contract: a step's gradient is the sum over all target tokens of the global batch divided by their number, so that any
+split into ranks and micro-batches gives the same update; nothing non-finite is ever applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from minillm.config import RunConfig
+from minillm.training.optim import build_optimizer
+from minillm.training.zero_state import base_optimizer, link_optimizer_states
+from minillm.utils import distributed
+from minillm.utils.errors import UserError
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not a finite number, on any rank; raised on all of them, before the update."""
+
+
+@contextlib.contextmanager
+def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+    """Open the process group (nccl on GPUs, gloo on CPUs) and close it whatever happens.
+
+    A process that no launcher started becomes a group of one. CPU ranks share the cores of their machine evenly.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = distributed.default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: one warning a call site and rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None)
+        yield
+        dist.barrier()
+    finally:
+        # Without it, about one gloo run in ten aborts at exit.
+        dist.destroy_process_group()
+
+
+def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict):
+    """Wrap `model` (fp32, its weights already in it) in a DeepSpeed engine with AdamW.
+
+    Weights come first because ZeRO copies them into its low-precision tensors here and never again.
+    """
+    if run.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(model, run.optim), config=deepspeed_config, dist_init_required=False
+    )
+    if run.train.compile:
+        engine.compile()
+    return engine
+
+
+def warm_up(engine, micro_batches: list[MicroBatch]) -> None:
+    """One whole step at learning rate 0, with every micro-step of the accumulation.
+
+    Out-of-memory and kernel errors come now and not at night, and the optimizer's state exists afterwards. It dirties
+    moments, counters and generators; the caller resets or restores them.
+    """
+    run_step(engine, micro_batches, num_target_tokens=1, learning_rate=0.0)
+    link_optimizer_states(engine)
+
+
+def run_step(
+    engine, micro_batches: list[MicroBatch], num_target_tokens: int, learning_rate: float
+) -> tuple[float, float]:
+    """One optimizer step.
+
+    Args:
+        micro_batches: this rank's share, gradient_accumulation_steps of them.
+        num_target_tokens: target tokens of the global batch (all ranks, all micro-batches).
+        learning_rate: of this step, for every group.
+
+    Returns:
+        The token-mean cross-entropy of the global batch, and the global gradient norm before clipping.
+
+    Raises:
+        NonFiniteError: on every rank, with weights and moments as they were.
+    """
+    for group in base_optimizer(engine).param_groups:
+        group["lr"] = learning_rate
+    scale = distributed.world_size()  # DeepSpeed averages over the ranks; the loss is already divided by all tokens
+    loss = 0.0
+    for number, batch in enumerate(micro_batches, 1):
+        output = engine(**batch, num_items_in_batch=num_target_tokens)
+        engine.backward(output.loss * scale, scale_wrt_gas=False)
+        loss += output.loss.detach().float()
+        if number < len(micro_batches):
+            engine.step()
+    (mean_loss,) = distributed.reduce_sum([float(loss)])
+    if not math.isfinite(mean_loss):
+        raise NonFiniteError(f"the loss is {mean_loss}")
+    norm = plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
+    if norm is not None and not math.isfinite(norm):
+        raise NonFiniteError(f"the loss is {mean_loss:.4f}, but the gradient norm is {norm}")
+    engine.step()
+    if getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
+        raise NonFiniteError(f"the loss is {mean_loss:.4f}, but the gradient is not finite")
+    return mean_loss, float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def plain_gradient_norm(engine) -> float:
+    """ZeRO-0 reports no norm and applies any gradient, so look before the step (they are reduced by then)."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def move_to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

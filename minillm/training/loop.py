@@ -1,0 +1,267 @@
+"""The training loop, for pretraining and fine-tuning alike.
+
+Contract: set the stage, build, warm up, restore, then step until done; four `due` lines log, validate, sample and save.
+Every number that outlives a step is in TrainState. A batch is a function of (seed, step), so resume is a jump.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from minillm.accounting import flops_per_token
+from minillm.config import RunConfig
+from minillm.data.tokenizer import token_byte_lengths
+from minillm.interop.load import newest_checkpoint
+from minillm.models import MiniLLMConfig
+from minillm.training import checkpoint, run_folder
+from minillm.training.build import (
+    Data,
+    build_loader,
+    build_model,
+    build_validation_loaders,
+    copy_parameters,
+    load_initial_weights,
+    open_data,
+    resolve_init_from,
+    resolve_model_config,
+)
+from minillm.training.deepspeed_config import precision
+from minillm.training.engine import NonFiniteError, build_engine, move_to_device, process_group, run_step
+from minillm.training.engine import warm_up as warm_up_engine
+from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
+from minillm.training.optim import learning_rate_at
+from minillm.training.signals import StopRequest
+from minillm.training.state import TrainState
+from minillm.training.trackers import NoTracker, Tracker
+from minillm.training.validation import sample, validate
+from minillm.training.zero_state import write_full_state
+from minillm.utils import distributed
+from minillm.utils.errors import UserError
+from minillm.utils.logging import say
+
+
+def train(run: RunConfig, deepspeed_config: dict) -> int:
+    """Train `run` to its last step, or until a signal asks to stop.
+
+    Data is opened (compiled, downloaded) before the process group exists, so that no collective waits for it.
+
+    Returns:
+        The exit code: 0, or 128 + the signal's number.
+    """
+    resolve_init_from(run)
+    data = open_data(run)
+    with process_group():
+        return train_in_group(run, deepspeed_config, data)
+
+
+def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data) -> int:
+    """`train` where the ranks are already connected."""
+    config = resolve_model_config(run, data.tokenizer)
+    with run_folder.only_writer(run.run_dir):
+        trainer = Trainer(run, data)
+        if trainer.is_complete():
+            return 0
+        trainer.build(deepspeed_config, config)
+        return trainer.run_to_end()
+
+
+class Trainer:
+    """What one start of a run holds."""
+
+    def __init__(self, run: RunConfig, data: Data):
+        self.config, self.data = run, data
+        self.checkpoints = run.run_dir / "checkpoints"
+        found = distributed.rank() == 0 and newest_checkpoint(run.run_dir)
+        self.source: Path | None = distributed.broadcast_object(found) or None
+        self.check_same_run()
+        self.loader = build_loader(run, data.train, num_epochs=run.train.num_epochs)
+        self.validation = build_validation_loaders(run, data.validation)
+        self.max_steps = run.train.max_steps or self.loader.num_steps
+        self.token_bytes = torch.from_numpy(token_byte_lengths(data.tokenizer))
+
+    def is_complete(self) -> bool:
+        """True, and a line that says so, when the newest checkpoint is already at the last step."""
+        if self.source is None or checkpoint.read_state(self.source)[0].step < self.max_steps:
+            return False
+        say(f"{self.config.run_dir} is complete: {self.source} is its last step; raise train.max_steps to go on")
+        return True
+
+    def build(self, deepspeed_config: dict, config: MiniLLMConfig) -> None:
+        """Everything that takes memory, after everything that can be refused."""
+        run = self.config
+        run_folder.write_settings(run, deepspeed_config, config.to_diff_dict())
+        model = build_model(run, config)
+        if self.source is not None:
+            checkpoint.load_weights(model, self.source)
+        elif run.model.init_from:
+            load_initial_weights(model, run.model.init_from)
+        flops = flops_per_token(config.to_dict(), run.data.seq_len)
+        exact = None if self.source or not run.model.init_from else copy_parameters(model)
+        self.engine = build_engine(model, run, deepspeed_config)
+        self.state = self.warm_up_and_restore(exact)
+        peak, origin = peak_flops(torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32)
+        self.meter = Meter(flops, peak, self.max_steps)
+        self.extra = {"data": self.data.fingerprint, "max_steps": self.max_steps, "stage": run.stage}
+        say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
+        self.tracker = Tracker(run, self.state.step) if distributed.rank() == 0 else NoTracker()
+
+    def check_same_run(self) -> None:
+        """Refuse a folder of another run before anything in it is touched."""
+        recorded = run_folder.recorded_run(self.config.run_dir)
+        if self.source is None or recorded is None:
+            return
+        run_folder.check_resumable(self.config, recorded)
+        _, values = checkpoint.read_state(self.source)
+        if values["data"] != self.data.fingerprint:
+            raise UserError(
+                f"{self.source} was trained on other data: {values['data']}, now {self.data.fingerprint}. "
+                f"Put the shards back to resume, or choose another run_name"
+            )
+
+    def warm_up_and_restore(self, exact_weights: dict[str, torch.Tensor] | None) -> TrainState:
+        """One step at learning rate 0, then the checkpoint's state, or a clean one."""
+        batch = self.loader.batch_at(0)
+        start = time.perf_counter()
+        warm_up_engine(self.engine, [move_to_device(b, self.engine.device) for b in batch.micro_batches])
+        say(f"warm-up step: {time.perf_counter() - start:.1f} s")
+        if self.source is not None:
+            state = checkpoint.restore_training(self.engine, self.source, self.config.seed)
+            say(f"resumed from step {state.step} of {self.source}")
+            return state
+        checkpoint.reset_optimizer_state(self.engine, 0)
+        if exact_weights is not None:
+            write_full_state(self.engine, "weight", exact_weights.__getitem__)
+        checkpoint.reset_counters(self.engine, 0, 0)
+        checkpoint.seed_rank(self.config.seed, 0)
+        weights = f", weights from {self.config.model.init_from}" if self.config.model.init_from else ""
+        say(f"fresh start in {self.config.run_dir}{weights}")
+        return TrainState()
+
+    def run_to_end(self) -> int:
+        """The loop."""
+        state, run, stop = self.state, self.config, StopRequest()
+        if state.step == 0:
+            self.validate()
+        try:
+            while state.step < self.max_steps and not (signal := self.begin_step(stop)):
+                self.step()
+                if due(state.step, run.log.every, self.max_steps):
+                    self.log()
+                if due(state.step, run.validation.every, self.max_steps):
+                    self.validate()
+                if run.samples.every and due(state.step, run.samples.every, self.max_steps):
+                    self.sample()
+                if due(state.step, run.checkpoint.every, self.max_steps):
+                    self.save()
+            if state.step < self.max_steps:
+                return self.leave_early(signal)
+            self.conclude()
+            return 0
+        finally:
+            stop.restore()
+            self.loader.close()
+            self.tracker.close()
+
+    def begin_step(self, stop: StopRequest) -> int:
+        """Load the next batch; agree on its target tokens, on unreadable rows and on signals, in one collective."""
+        self.meter.start_step()
+        self.batch = self.loader.batch_at(self.state.step)
+        tokens, bad, *_ = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
+        (number,) = distributed.reduce_max([stop.number])
+        self.num_target_tokens = int(tokens)
+        self.state.bad_rows += int(bad)
+        if self.state.bad_rows > self.config.data.max_bad_samples:
+            raise UserError(
+                f"step {self.state.step + 1}: {self.state.bad_rows} unreadable sequences so far, "
+                f"data.max_bad_samples = {self.config.data.max_bad_samples}; the warnings name the shards. Repair them "
+                f"(python -m data_tools.shards verify), or raise the limit"
+            )
+        return int(number)
+
+    def step(self) -> None:
+        state = self.state
+        self.lr = learning_rate_at(state.step, self.max_steps, self.config.optim)
+        batches = [move_to_device(b, self.engine.device) for b in self.batch.micro_batches]
+        try:
+            self.loss, self.grad_norm = run_step(self.engine, batches, max(1, self.num_target_tokens), self.lr)
+        except NonFiniteError as error:
+            steps = list(checkpoint.checkpoint_steps(self.checkpoints))
+            raise NonFiniteError(
+                f"step {state.step + 1}: {error}. Nothing was updated; the last checkpoint is "
+                f"{f'step {steps[-1]}' if steps else 'none'}. Lower optim.learning_rate or optim.gradient_clipping"
+            ) from error
+        state.step += 1
+        state.optimizer_step += 1
+        state.tokens += self.num_target_tokens
+        state.train_seconds += self.meter.end_step(self.num_target_tokens)
+
+    def log(self) -> None:
+        record = {
+            "loss": self.loss,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "tokens": self.state.tokens,
+            **self.meter.read(),
+        }
+        if self.state.bad_rows:
+            record["bad_rows"] = self.state.bad_rows
+        self.tracker.log(self.state.step, record)
+        say(progress_line(record, self.state, self.meter))
+
+    def validate(self) -> None:
+        if not self.validation:
+            return
+        start = time.perf_counter()
+        record = validate(self.engine, self.validation, self.token_bytes)
+        self.state.record_validation(record["val_loss"])
+        if self.state.step:
+            self.tracker.log(self.state.step, record)
+        sources = "".join(f", {name[9:]} {value:.4f}" for name, value in record.items() if name.startswith("val_loss/"))
+        say(
+            f"validation at step {self.state.step}: loss {record['val_loss']:.4f}, perplexity {record['val_ppl']:.2f}, "
+            f"{record['val_bpb']:.3f} bits per byte{sources} ({time.perf_counter() - start:.1f} s)"
+        )
+
+    def sample(self) -> None:
+        section = self.config.samples
+        chat = self.config.stage == "sft"
+        texts = sample(self.engine, self.data.tokenizer, section.prompts, section.max_new_tokens, chat)
+        self.tracker.sample(self.state.step, texts)
+        for item in texts:
+            say(f"sample: {item['prompt']!r} -> {item['text']!r}")
+
+    def save(self) -> None:
+        start = time.perf_counter()
+        keep = self.config.checkpoint.keep
+        path = checkpoint.save_checkpoint(
+            self.checkpoints, self.engine, self.state, self.extra, self.data.tokenizer, keep
+        )
+        if distributed.rank() == 0:
+            checkpoint.announce(path, time.perf_counter() - start)
+
+    def leave_early(self, signal: int) -> int:
+        """Save and go: the step in flight is done."""
+        saved = checkpoint.checkpoint_steps(self.checkpoints)
+        if self.state.step and self.state.step not in saved:
+            self.save()
+        say(f"stopped by signal {signal} after step {self.state.step}; the same command resumes")
+        return 128 + signal
+
+    def conclude(self) -> None:
+        state = self.state
+        if state.step not in checkpoint.checkpoint_steps(self.checkpoints):
+            self.save()
+        before = f"{state.first_val_loss:.4f} -> " if state.first_val_loss is not None else ""
+        loss = f", validation loss {before}{state.val_loss:.4f}" if state.val_loss is not None else ""
+        say(
+            f"done: {state.step} steps, {state.tokens:,} tokens in {format_seconds(state.train_seconds)}{loss}; "
+            f"run folder {self.config.run_dir}"
+        )
+
+
+def due(step: int, every: int, max_steps: int) -> bool:
+    """Every `every` steps (0: never), and at the last one."""
+    return step == max_steps or (every > 0 and step % every == 0)

@@ -1,0 +1,117 @@
+"""One definition of tokens/s, MFU and time left, and the progress line made of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from minillm.training.state import TrainState
+from minillm.utils import distributed
+
+# Dense bf16 with fp32 accumulation, FLOP/s, from the vendors' datasheets (no sparsity). First match wins.
+DATASHEET_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
+    "A800": 312e12, "A40": 149.7e12, "A10": 125e12, "A6000": 154.8e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12,
+    "RTX 5090": 209.5e12,
+}  # fmt: skip
+
+
+def measure_matmul_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 6) -> float:
+    """FLOP/s of a square matrix product on this rank's threads, all ranks at once (they share the cores).
+
+    On a CPU without bf16 instructions the model multiplies bf16 through fp32, so the better of the two is the peak.
+    """
+    best = 0.0
+    for kind in {dtype, torch.float32}:
+        a, b = torch.randn(size, size, dtype=kind), torch.randn(size, size, dtype=kind)
+        a @ b
+        distributed.barrier()
+        fastest = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            a @ b
+            fastest = min(fastest, time.perf_counter() - start)
+        best = max(best, 2 * size**3 / fastest)
+    return best
+
+
+def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
+    """Peak of all ranks together, and where the number is from."""
+    device = distributed.default_device()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((value for key, value in DATASHEET_FLOPS.items() if key in name), None)
+        if known is not None:
+            return known * distributed.world_size(), f"{name} datasheet"
+    (total,) = distributed.reduce_sum([measure_matmul_flops(dtype)])
+    return total, "measured matrix product"
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this rank so far: allocated on the GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:
+        line = next((text for text in file if text.startswith("VmHWM")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024
+
+
+@dataclass
+class Meter:
+    """Speed since the last `read`, counting only time inside steps (not validation, samples or saves)."""
+
+    flops_per_token: float
+    peak: float
+    max_steps: int
+    _seconds: float = 0.0
+    _tokens: int = 0
+    _steps: int = 0
+    _total_seconds: float = 0.0
+    _total_steps: int = 0
+    _started: float = field(default_factory=time.perf_counter)
+
+    def start_step(self) -> None:
+        self._started = time.perf_counter()
+
+    def end_step(self, tokens: int) -> float:
+        seconds = time.perf_counter() - self._started
+        self._seconds += seconds
+        self._total_seconds += seconds
+        self._tokens += tokens
+        self._steps += 1
+        self._total_steps += 1
+        return seconds
+
+    def read(self) -> dict[str, float]:
+        rate = self._tokens / max(self._seconds, 1e-9)
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        return {"tokens_per_s": round(rate, 1), "mfu": round(rate * self.flops_per_token / self.peak, 4)}
+
+    def seconds_left(self, step: int) -> float:
+        """Steps left at the mean speed of this start."""
+        return (self.max_steps - step) * self._total_seconds / max(1, self._total_steps)
+
+
+def format_seconds(seconds: float) -> str:
+    hours, rest = divmod(int(round(seconds)), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def progress_line(record: dict[str, float], state: TrainState, meter: Meter) -> str:
+    """One line that lines up under the last one, in a terminal and in a log file."""
+    width = len(str(meter.max_steps))
+    return (
+        f"step {state.step:{width}d}/{meter.max_steps}  loss {record['loss']:7.4f}  lr {record['lr']:.2e}  "
+        f"grad {record['grad_norm']:6.2f}  {record['tokens_per_s']:>9,.0f} tok/s  mfu {record['mfu']:4.0%}  "
+        f"left {format_seconds(meter.seconds_left(state.step))}"
+    )
+
+
+def cpu_description() -> str:
+    with open("/proc/cpuinfo") as file:
+        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
+    return f"{len(os.sched_getaffinity(0))} cores of {name}"

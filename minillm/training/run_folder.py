@@ -1,0 +1,110 @@
+"""The run folder: one writer, settings on disk before anything is allocated, and what resume may not change."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minillm.config import RunConfig, dump_run_config
+from minillm.utils import distributed
+from minillm.utils.errors import UserError
+from minillm.utils.files import file_lock, write_atomic, write_json
+
+FIXED_KEYS = (
+    "seed", "model.preset", "model.init_from", "data.train", "data.validation", "data.tokenizer", "data.seq_len",
+    "data.packing", "train.train_batch_size",
+)  # fmt: skip
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors", "webdataset", "wandb")
+
+
+@contextlib.contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0; a second run on the same folder is refused.
+
+    Raises:
+        UserError: another process trains in this folder.
+    """
+    if distributed.rank() != 0:
+        yield
+        return
+
+    def refuse() -> None:
+        owner = (run_dir / ".lock").read_text().strip() or "another process"
+        raise UserError(f"{run_dir} is being written by {owner}; stop it, or give this run another run_name")
+
+    with file_lock(run_dir / ".lock", busy=refuse, wait=False):
+        (run_dir / ".lock").write_text(f"process {os.getpid()} on {platform.node()}\n")
+        yield
+
+
+def recorded_run(run_dir: Path) -> dict[str, Any] | None:
+    """The run.yaml of an earlier start, None before the first."""
+    path = run_dir / "run.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def check_resumable(run: RunConfig, recorded: dict[str, Any]) -> None:
+    """What defines the curve may not change under one run name; ranks, ZeRO, micro-batch, steps and cadences may.
+
+    Raises:
+        UserError: every changed key with both values.
+    """
+    now = run.model_dump()
+    fixed = [*FIXED_KEYS, *(f"model.{name}" for name in {*(run.model.model_extra or {}), *_extra(recorded)})]
+    changed = [
+        f"{key}: was {old!r}, now {new!r}" for key in fixed if (old := _get(recorded, key)) != (new := _get(now, key))
+    ]
+    if changed:
+        listed = "\n".join(f"  - {line}" for line in changed)
+        raise UserError(
+            f"{run.run_dir} was started with other settings that define the run:\n{listed}\n"
+            f"Put them back to resume it, or choose another run_name"
+        )
+
+
+def _extra(recorded: dict[str, Any]) -> set[str]:
+    return set(recorded["model"]) - {"preset", "init_from", "moe_backend", "expert_parallel_size"}
+
+
+def _get(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def write_settings(run: RunConfig, deepspeed_config: dict, model_fields: dict) -> None:
+    """run.yaml, ds_config.json, model_config.json and env.json of this start (rank 0)."""
+    if distributed.rank() != 0:
+        return
+    write_atomic(run.run_dir / "run.yaml", dump_run_config(run))
+    write_json(run.run_dir / "ds_config.json", deepspeed_config)
+    write_json(run.run_dir / "model_config.json", model_fields)
+    write_json(run.run_dir / "env.json", describe_environment())
+
+
+def describe_environment() -> dict[str, object]:
+    """Versions, commit, machine and command of this start."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "commit": commit,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "world_size": distributed.world_size(),
+        "command": [sys.executable, *sys.argv],
+    }

@@ -1,0 +1,127 @@
+"""Where metrics go: metrics.jsonl always, W&B and TensorBoard beside it. Rank 0 only; one writer a run folder.
+
+Contract: one JSON object a line, flushed. On resume the file is cut back to the checkpoint's step, so that the curve
+has no doubles; W&B continues the same run id, with our own step as the axis.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import secrets
+from pathlib import Path
+
+from minillm.config import RunConfig
+from minillm.utils.errors import UserError
+from minillm.utils.files import write_atomic
+from minillm.utils.logging import say
+
+
+class Tracker:
+    """Everything that is told a record."""
+
+    def __init__(self, run: RunConfig, step: int):
+        self._path = run.run_dir / "metrics.jsonl"
+        cut_back(self._path, step)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._wandb = open_wandb(run)
+        self._board = open_tensorboard(run, step)
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Add one record; a step's keys are merged by their readers, a later line wins."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({**record, "train_step": step})
+        if self._board is not None:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, step)
+
+    def sample(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Append generated texts to samples.jsonl."""
+        with open(self._path.with_name("samples.jsonl"), "a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+
+    def close(self, exit_code: int = 0) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code, quiet=True)
+        if self._board is not None:
+            self._board.close()
+
+
+class NoTracker:
+    """The other ranks'."""
+
+    def log(self, step: int, record: dict[str, float]) -> None: ...
+
+    def sample(self, step: int, samples: list[dict[str, str]]) -> None: ...
+
+    def close(self, exit_code: int = 0) -> None: ...
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the records after `step` (and a line that a kill left half-written)."""
+    for file in (path, path.with_name("samples.jsonl")):
+        if not file.exists():
+            continue
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        write_atomic(file, "".join(kept))
+
+
+def wandb_mode(setting: str) -> str:
+    """auto: online with a key, offline without one."""
+    if setting != "auto":
+        return setting
+    try:
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        has_key = False
+    return os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+
+
+def open_wandb(run: RunConfig):
+    """The run in W&B; the id lives in the run folder, so a resumed run is the same run."""
+    mode = wandb_mode(run.log.wandb)
+    if mode == "disabled":
+        return None
+    import wandb  # heavy, and not needed where W&B is off
+
+    id_file = run.run_dir / "wandb" / "run_id"
+    if not id_file.exists():
+        write_atomic(id_file, secrets.token_hex(4))
+    tracked = wandb.init(
+        project=run.log.wandb_project,
+        name=run.run_name,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=str(run.run_dir),
+        mode=mode,
+        config=run.model_dump(),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    tracked.define_metric("train_step")
+    tracked.define_metric("*", step_metric="train_step")
+    say(f"W&B: {mode}, run {tracked.id}" + (f", {tracked.url}" if tracked.url else ""))
+    return tracked
+
+
+def open_tensorboard(run: RunConfig, step: int):
+    if not run.log.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("log.tensorboard=true needs the tensorboard package: pip install tensorboard") from error
+    return SummaryWriter(run.run_dir / "tensorboard", purge_step=step + 1)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), capped where a float overflows."""
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,90 @@
+"""Validation loss, perplexity and bits per byte, the same at any number of ranks; and samples of the model's text."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from minillm.data.chat_template import encode_conversation
+from minillm.data.loader import BatchLoader
+from minillm.training.engine import move_to_device
+from minillm.training.trackers import perplexity
+from minillm.utils import distributed
+from minillm.utils.seeding import rng_untouched
+
+
+@torch.no_grad()
+def validate(engine, loaders: dict[str, BatchLoader], token_bytes: torch.Tensor) -> dict[str, float]:
+    """Token-mean loss over every validation sequence of every source.
+
+    All ranks run the same number of forward passes (rows past the end are ignored targets), as ZeRO-3 needs.
+
+    Args:
+        loaders: by source name, over its sequences in order.
+        token_bytes: [vocab] UTF-8 bytes a token stands for.
+
+    Returns:
+        val_loss, val_ppl, val_bpb; with several sources also val_loss/NAME.
+    """
+    engine.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    result = {}
+    for name, loader in loaders.items():
+        sums = torch.zeros(3, dtype=torch.float64)  # loss in nats, target tokens, bytes of the targets
+        for step in range(loader.num_steps):
+            for micro_batch in loader.batch_at(step).micro_batches:
+                sums += _sums(engine, micro_batch, token_bytes)
+        sums = torch.tensor(distributed.reduce_sum(sums.tolist()), dtype=torch.float64)
+        totals += sums
+        if len(loaders) > 1:
+            result[f"val_loss/{name}"] = float(sums[0] / sums[1].clamp(min=1))
+    engine.train()
+    loss, tokens, num_bytes = totals.tolist()
+    mean = loss / max(1.0, tokens)
+    bpb = loss / math.log(2) / max(1.0, num_bytes)
+    return {"val_loss": mean, "val_ppl": perplexity(mean), "val_bpb": bpb, **result}
+
+
+def _sums(engine, micro_batch: dict[str, torch.Tensor], token_bytes: torch.Tensor) -> torch.Tensor:
+    targets = micro_batch["shift_labels"]
+    kept = targets[targets != -100]
+    loss = engine(**move_to_device(micro_batch, engine.device), num_items_in_batch=1, return_logits=False).loss
+    return torch.tensor([float(loss), kept.numel(), float(token_bytes[kept].sum())], dtype=torch.float64)
+
+
+@torch.no_grad()
+def sample(engine, tokenizer, prompts: list[str], max_new_tokens: int, chat: bool) -> list[dict[str, str]]:
+    """Greedy continuations (answers, with `chat`) of `prompts`.
+
+    Every rank generates the same text, since at ZeRO-3 each forward pass gathers the weights from all of them.
+    """
+    engine.eval()
+    texts = []
+    with rng_untouched():
+        for prompt in prompts:
+            ids = (
+                encode_conversation(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+                if chat
+                else tokenizer(prompt)["input_ids"]
+            )
+            inputs = torch.tensor([ids], device=engine.device)
+            output = engine.module.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                synced_gpus=False,
+                eos_token_id=stop_ids(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+            texts.append({"prompt": prompt, "text": text})
+    engine.train()
+    return texts
+
+
+def stop_ids(tokenizer) -> list[int]:
+    """<|endoftext|> and, where the tokenizer has it, <|im_end|>."""
+    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    return sorted({i for i in ids if i is not None})

@@ -1,0 +1,70 @@
+"""What a process knows of the others: rank, world size, and four small collectives.
+
+Contract: works with one process and no process group. The group itself is opened by training/engine.py (DeepSpeed).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def reduce_sum(values: list[float]) -> list[float]:
+    """Element-wise sum over the ranks, in float64 (exact for counts below 2^53)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=default_device())
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def reduce_max(values: list[float]) -> list[float]:
+    """Element-wise maximum over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=default_device())
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: object) -> list[object]:
+    """Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    box: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,39 @@
+"""Installation of minillm: `pip install -e .` (extras: tests, tensorboard)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "([^"]+)"', (here / "minillm" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="minillm",
+    version=version,
+    description="Train small language models with DeepSpeed, from raw text to a chat",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["minillm", "minillm.*", "data_tools", "data_tools.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.17,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "webdataset>=1.0.2,<2",
+        "wandb>=0.20",
+        "pydantic>=2.10",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "tqdm",
+        "jinja2>=3.1",
+        "ninja",
+        "setuptools",
+    ],
+    extras_require={
+        "tests": ["pytest>=8", "ruff>=0.6", "accelerate>=1.1"],
+        "tensorboard": ["tensorboard"],
+    },
+)

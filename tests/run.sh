@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The tests: installs what they need, checks the style, runs them.
+#
+#   bash tests/run.sh             the default set (under 15 minutes on 2 cores)
+#   bash tests/run.sh --slow      the slow ones (marker `slow`: 2 GB corpus, 8 ranks) as well
+#   bash tests/run.sh ARGS...     ARGS go to pytest, for example tests/models -k rope
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh tests
+
+marker="not slow"
+if [ "${1:-}" = "--slow" ]; then marker=""; shift; fi
+ruff check .
+python -m pytest -m "$marker" "$@"
