@@ -219,7 +219,9 @@ def _signature(arguments: ast.arguments, drop_first: bool) -> str:
 
 def _twins_of_tree(tree: ast.Module, module: str) -> dict[tuple[str, str], str]:
     """Which names of C modules this module offers as its own: {("_io", "open"): "io", ("_socket", "*"): "socket"}."""
-    twins = {}
+    twins: dict[tuple[str, str], str] = {}
+    if f"_{module}" not in sys.stdlib_module_names and module not in PRIVATE_TWIN.values():
+        return twins
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
             if node.module == f"_{module}" or PRIVATE_TWIN.get(node.module) == module:

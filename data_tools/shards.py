@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,8 @@ def build_shards(
     Raises:
         UserError: nothing to read, a document longer than a shard, texts mixed with conversations, `out` in use.
     """
+    from tqdm import tqdm
+
     from data_tools.readers import corpus_files, iterate_documents
     from data_tools.shuffle import num_buckets_for, shuffled_records
 
@@ -90,11 +93,14 @@ def build_shards(
     try:
         num_buckets = num_buckets_for(sum(file.stat().st_size for file, _ in corpus_files(corpus)))
         kinds: set[str] = set()
-        records = _records(iterate_documents(corpus), shard_size, kinds)
+        documents = tqdm(iterate_documents(corpus), desc="reading", unit=" documents", disable=None, file=sys.stderr)
+        records = _records(documents, shard_size, kinds)
         buckets = temporary / ".buckets"
         buckets.mkdir()
         shuffled = shuffled_records(records, buckets, num_buckets=num_buckets, seed=seed)
-        shards = _write_shards(shuffled, temporary, shard_size)
+        shards = _write_shards(
+            tqdm(shuffled, desc="writing", unit=" documents", disable=None, file=sys.stderr), temporary, shard_size
+        )
         buckets.rmdir()
         if not shards:
             raise UserError(f"the corpus {', '.join(map(str, corpus))} is empty: name files with text in them")
@@ -109,15 +115,27 @@ def build_shards(
 
 
 def _new_folder(out: Path) -> Path:
-    """A temporary folder beside `out`, which must be free; a leftover of a killed run is removed."""
+    """A temporary folder beside `out`, which must be free; what killed runs left is removed."""
     if out.exists():
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"{out} exists already: remove it or choose another --out")
         out.rmdir()
+    for leftover in out.parent.glob(f".{out.name}.*.tmp"):
+        if not _is_running(leftover.name.split(".")[-2]):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return int(pid) != os.getpid()
 
 
 def _records(documents: Iterator[Document], shard_size: int, kinds: set[str]) -> Iterator[bytes]:

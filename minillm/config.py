@@ -46,7 +46,7 @@ class TrainSection(Section):
 class DataSource(Section):
     name: str = Field(description="a short name, used in metrics")
     path: str = Field(description="a path, glob, brace pattern or URL of shards")
-    weight: float | None = Field(None, gt=0, description="share of the batches; without it, the source's size")
+    weight: float | None = Field(None, gt=0, description="share of the batches against the other sources (null: 1)")
 
 
 Sources = str | list[DataSource] | None

@@ -91,6 +91,8 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes them for the owner alone
     write_json(folder / EXPORT_RECORD, {"run": origin.run, "step": origin.step, "stage": origin.stage})
 
 

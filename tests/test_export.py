@@ -65,6 +65,7 @@ def test_minillm_format_keeps_the_class_the_logits_and_the_origin(run, tmp_path)
     export.export("talk", out, format="minillm")
     model = minillm.load(out, device="cpu")
     assert type(model).__name__ == "MiniLLMForCausalLM"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read the config may read the weights
     np.testing.assert_array_equal(logits_of(model), logits_of(tiny_model(seed=20)))
     assert model.chat("hi", max_new_tokens=4, do_sample=False)
     origin = describe_model_folder(out)

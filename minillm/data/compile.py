@@ -86,7 +86,7 @@ class BadSamples:
         if self.count > self.limit:
             rest = f" ({self.count} bad samples so far)" if self.count > 1 else ""
             raise UserError(
-                f"{problem}{rest}; allowed are {self.limit}: write the shards again, or allow more bad samples"
+                f"{problem}{rest}; allowed are {self.limit}: write the shards again, or raise data.max_bad_samples"
             )
         if len(self.named) < _MAX_NAMED:
             self.named.append(problem)

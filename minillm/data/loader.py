@@ -62,7 +62,7 @@ class BatchLoader:
         self.max_sequences, self._max_bad_rows = max_sequences, max_bad_rows
         first = np.arange(0, train_batch_size, micro_batch_size * world_size) + rank * micro_batch_size
         self._rows = (first[:, None] + np.arange(micro_batch_size)).reshape(-1)
-        self._num_bad_rows = 0
+        self._bad_rows: dict[int, int] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._next: tuple[int, Future] | None = None
 
@@ -79,14 +79,19 @@ class BatchLoader:
             batch = self._next[1].result()
         else:
             batch = self._build(step)
-        self._num_bad_rows += batch.num_bad_rows
-        if self._num_bad_rows > self._max_bad_rows:
-            raise UserError(
-                f"{self._num_bad_rows} sequences cannot be read, {self._max_bad_rows} may be skipped: "
-                f"{'; '.join(self._stream.problems)}. Write the shards again, or allow more bad samples"
-            )
+        if batch.num_bad_rows:
+            self._check_bad_rows(step, batch.num_bad_rows)
         self._prefetch(step + 1)
         return batch
+
+    def _check_bad_rows(self, step: int, count: int) -> None:
+        self._bad_rows[step] = count  # a step asked for again, as in validation, counts once
+        total = sum(self._bad_rows.values())
+        if total > self._max_bad_rows:
+            raise UserError(
+                f"{total} sequences cannot be read, {self._max_bad_rows} may be skipped: "
+                f"{'; '.join(self._stream.problems)}. Write the shards again, or raise data.max_bad_samples"
+            )
 
     def close(self) -> None:
         """Stop the background thread."""

@@ -188,6 +188,8 @@ def _found(folder: Path, names: list[str] | None) -> FoundShards:
     build = "write shards with: python -m data_tools.shards build"
     if names is not None and any(not name.endswith(".tar") for name in names):
         wrong = next(name for name in names if not name.endswith(".tar"))
+        if not (folder / wrong).exists():
+            raise UserError(f"{folder / wrong} does not exist: name a folder of shards, or {build}")
         raise UserError(f"{folder / wrong} is not an uncompressed .tar shard: {build}")
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: name a folder of shards, or {build}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import lcm
 
 import numpy as np
@@ -31,7 +32,8 @@ from minillm.utils.logging import warn
 IGNORED = -100
 PACKINGS = ("concat", "none")
 _MAX_BLOCK = 1 << 16
-_RELEASE_BYTES = 64 << 20
+_WINDOW = 1024
+_RELEASE_BYTES = 32 << 20
 _FAULT_BYTES = 64 << 10  # the kernel maps 16 pages around a touched one
 
 Rows = dict[str, np.ndarray]
@@ -73,6 +75,9 @@ class SequenceStream:
         self._has_loss_mask = any(source.has_loss_mask for source in sources)
         self._block = block_of_weights([source.weight for source in sources])
         self._columns = np.arange(seq_len)
+        self._located_window = lru_cache(4)(
+            lambda window: self._locate_each(np.arange(window * _WINDOW, (window + 1) * _WINDOW))
+        )
         self._mapped_bytes = 0
 
     def rows(self, start: int, count: int) -> Rows:
@@ -155,6 +160,16 @@ class SequenceStream:
         out["position_ids"] = positions.reshape(num_rows, seq_len)
 
     def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`_locate_each`, from a window of consecutive sequences that the batches before and after need as well."""
+        windows = numbers // _WINDOW
+        low, high = windows.min(), windows.max()
+        if low != high or low < 0:
+            return self._locate_each(numbers)
+        source, rows = self._located_window(int(low))
+        places = numbers - low * _WINDOW
+        return source[places], rows[places]
+
+    def _locate_each(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row of that source) of each sequence, -1 for negative numbers."""
         slots, quotas = self._block
         block, slot = np.divmod(numbers, len(slots))

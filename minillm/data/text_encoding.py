@@ -66,7 +66,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     import numpy as np
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    decoder = json.dumps(state["decoder"])
+    decoder = json.dumps(state["decoder"], ensure_ascii=False)
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
     if not byte_level and not byte_fallback:
         raise UserError(

@@ -64,11 +64,11 @@ def open_token_source(
     if num_bad_samples > max_bad_samples:
         raise UserError(
             f"{num_bad_samples} bad samples were left out when the shards of source {name} were compiled, and "
-            f"{max_bad_samples} are allowed: mend the text shards, or allow that many bad samples"
+            f"{max_bad_samples} are allowed: mend the text shards, or raise data.max_bad_samples"
         )
     problems = [shard.problem for shard in shards if shard.problem]
     if problems and max_bad_samples == 0:
-        raise UserError("; ".join(problems) + ": bring the shard back, or write the shards again")
+        raise UserError("; ".join(problems) + ": write the shards again, or raise data.max_bad_samples")
     for problem in problems:
         warn(f"{problem}; the sequences from it are skipped")
     source = TokenSource(

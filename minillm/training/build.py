@@ -21,7 +21,6 @@ from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say
 
-
 ANY_NUMBER = 2**62
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from minillm.data.tokenizer import save_tokenizer
 from minillm.interop.load import list_checkpoints
 from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.training.state import TrainState
@@ -103,7 +104,7 @@ def _prepare(temporary: Path, engine, state: TrainState, extra: dict, tokenizer,
     engine.module.config.save_pretrained(temporary)
     if engine.module.generation_config is not None:
         engine.module.generation_config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    save_tokenizer(tokenizer, temporary)
     buffers = {n: b.tolist() for n, b in engine.module.named_buffers() if n in engine.module.state_dict(keep_vars=True)}
     counters = {"global_steps": engine.global_steps, "micro_steps": engine.micro_steps}
     write_json(

@@ -38,11 +38,8 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
 
     A process that no launcher started becomes a group of one. CPU ranks share the cores of their machine evenly.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    alone = {} if "RANK" in os.environ else lone_rank_environment()
+    os.environ.update(alone)
     device = distributed.default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -59,6 +56,17 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     finally:
         # Without it, about one gloo run in ten aborts at exit.
         dist.destroy_process_group()
+        for name in alone:
+            del os.environ[name]
+
+
+def lone_rank_environment() -> dict[str, str]:
+    """What a launcher would have set for a single rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
 
 
 def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict):

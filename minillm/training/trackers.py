@@ -48,7 +48,7 @@ class Tracker:
     def close(self, exit_code: int = 0) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code, quiet=True)
+            self._wandb.finish(exit_code=exit_code)
         if self._board is not None:
             self._board.close()
 
@@ -108,7 +108,7 @@ def open_wandb(run: RunConfig):
     )
     tracked.define_metric("train_step")
     tracked.define_metric("*", step_metric="train_step")
-    say(f"W&B: {mode}, run {tracked.id}" + (f", {tracked.url}" if tracked.url else ""))
+    say(f"W&B: {mode}, run {tracked.id}" + (f", {tracked.url}" if mode == "online" else ""))
     return tracked
 
 

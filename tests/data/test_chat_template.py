@@ -1,4 +1,4 @@
-"""Conversations: the same ids as transformers' template on harmless text, and contents that cannot become control tokens."""
+"""Conversations: the ids of transformers' template on harmless text, and contents that cannot become control tokens."""
 
 from __future__ import annotations
 

@@ -167,10 +167,10 @@ def test_bpe_cuts_digits_singly_and_words_with_their_space():
 
 
 def test_bpe_vocabulary_has_the_size_asked_for_and_compresses():
-    tokenizer = train_bpe_tokenizer(CORPUS, 400)
-    assert len(tokenizer) == 400
+    tokenizer = train_bpe_tokenizer(CORPUS, 350)
+    assert len(tokenizer) == 350
     [ids] = encode_texts(tokenizer, [CORPUS[0]])
-    assert len(CORPUS[0]) / len(ids) > 3
+    assert len(CORPUS[0]) / len(ids) > 2
 
 
 def test_char_vocabulary_holds_the_characters_and_writes_others_as_bytes():

@@ -1,0 +1,91 @@
+"""Starting the real commands in tests, and reading what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 420
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a launcher's, and with the repository importable."""
+    left = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**left, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+
+
+def words(settings: dict[str, object]) -> list[str]:
+    """Settings as `section.key=value` words."""
+    return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in settings.items()]
+
+
+def command(script: str, json_file: str | Path, settings: dict[str, object], ranks: int = 1, config: str = "demo"):
+    """The command line a user types: python for one rank, the deepspeed launcher for more."""
+    arguments = ["--deepspeed", str(json_file), "--config", config, *words(settings)]
+    path = str(ROOT / "launch" / script)
+    if ranks == 1:
+        return [sys.executable, path, *arguments]
+    port = str(29600 + os.getpid() % 1000)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
+    return [*launcher, path, *arguments]
+
+
+def run(words_of_command: list[str], cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess:
+    """Run to the end; on an unexpected exit code show the output."""
+    done = subprocess.run(
+        words_of_command, cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(words_of_command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def run_until(words_of_command: list[str], condition, cwd: Path, number: int, to_group: bool = True) -> int:
+    """Start a command, send it (or its whole process group) a signal once `condition()` holds, return its exit code."""
+    log = open(cwd / "killed.log", "w")  # noqa: SIM115
+    process = subprocess.Popen(
+        words_of_command, cwd=cwd, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            log.close()
+            raise AssertionError(f"it ended before the signal:\n{(cwd / 'killed.log').read_text()}")
+        time.sleep(0.005)
+    os.killpg(process.pid, number) if to_group else os.kill(process.pid, number)
+    code = process.wait(timeout=TIMEOUT)
+    if number == signal.SIGKILL:
+        time.sleep(0.5)  # children of the launcher that got the signal too
+    log.close()
+    return code
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training loss of each step, in order; a step that is there twice is an error."""
+    found = [(r["step"], r["loss"]) for r in metrics(run_dir) if "loss" in r]
+    assert [s for s, _ in found] == list(range(1, len(found) + 1)), found
+    return [loss for _, loss in found]
+
+
+def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights and moments."""
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,103 @@
+"""Configuration: precedence, and one clear error for every kind of mistake, all of them at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from minillm.config import dump_run_config, load_run_config, raise_problems, read_yaml, resolve_accumulation
+from minillm.utils.errors import UserError
+from tests.launching import ROOT
+
+CONFIGS = ROOT / "launch" / "configs"
+
+
+def load(*overrides: str, config: str = "demo", stage: str = "pretrain"):
+    return load_run_config(config, list(overrides), stage=stage, configs_dir=CONFIGS)
+
+
+def problems(*overrides: str, **options) -> str:
+    return "\n".join(load(*overrides, **options)[1])
+
+
+def test_command_line_over_yaml_over_default(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {max_steps: 7}\noptim: {learning_rate: 0.5}\n")
+    run, found = load("optim.learning_rate=3e-4", config=str(path))
+    assert not found
+    assert (run.train.max_steps, run.optim.learning_rate, run.optim.weight_decay) == (7, 3e-4, 0.1)
+    assert run.run_name == "mine"  # the file's name
+
+
+def test_resolved_config_reads_back(tmp_path):
+    run, _ = load("model.hidden_size=96", "run_name=试验")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_run_config(run), encoding="utf-8")
+    assert read_yaml(path) == run.model_dump()
+    again, found = load(config=str(path))
+    assert not found and again == run
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("optim.learning_rat=1", ["optim.learning_rat", "did you mean `learning_rate`", "command line"]),
+        ("learning_rate=1", ["did you mean `optim.learning_rate`"]),
+        ("optimizer.lr=1", ["optimizer: unknown key"]),
+        ("model.hiden_size=64", ["model.hiden_size", "did you mean `hidden_size`"]),
+        ("model.hidden_size=big", ["model.hidden_size = 'big'", "int"]),
+        ("model.preset=dense-26", ["did you mean `dense-26m`"]),
+        ("train.max_steps=0", ["train.max_steps = 0", "greater than or equal to 1"]),
+        ("train.max_steps=many", ["train.max_steps = 'many'", "integer"]),
+        ("train.num_epochs=2", ["train.max_steps / train.num_epochs", "both are given"]),
+        ("train.max_steps=null", ["neither is given"]),
+        ("train.train_batch_size=12", ["train.train_batch_size = 12", "multiple of", "= 8"]),
+        ("optim.lr_schedule=linear", ["optim.lr_schedule = 'linear'", "cosine", "wsd"]),
+        ("log.wandb=of", ["log.wandb = 'of'", "disabled"]),
+        ("data.validation=somewhere", ["data.validation", "without data.train"]),
+        ("run_name=a/b", ["run_name = 'a/b'"]),
+        ("model.expert_parallel_size=2", ["no experts"]),
+        ("samples.prompts=[]", ["samples.every", "prompts"]),
+        ("seed", ["`seed`", "section.key=value"]),
+    ],
+)
+def test_each_mistake_is_named_with_its_fix(override, expected):
+    text = problems(override)
+    for part in expected:
+        assert part in text, text
+
+
+def test_all_mistakes_come_in_one_error():
+    _, found = load("optim.learning_rat=1", "train.max_steps=-1", "model.hiden_size=3", "log.every=0", "x=1")
+    assert len(found) == 5
+    with pytest.raises(UserError, match="5 problems") as error:
+        raise_problems(found, "somewhere")
+    assert str(error.value).count("\n") == 5
+
+
+def test_unknown_config_name_lists_the_shipped_ones():
+    with pytest.raises(UserError, match="did you mean `demo`"):
+        load(config="demmo")
+
+
+def test_yaml_mistakes_name_the_file(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("train: {max_steps: 3")
+    with pytest.raises(UserError, match="broken.yaml is not valid YAML"):
+        load(config=str(path))
+    path.write_text("- a\n")
+    with pytest.raises(UserError, match="mapping of sections"):
+        load(config=str(path))
+
+
+@pytest.mark.parametrize("batch, micro, ranks, expected", [(16, 8, 1, 2), (16, 2, 8, 1), (24, 1, 3, 8)])
+def test_accumulation_is_batch_over_micro_batch_and_ranks(batch, micro, ranks, expected):
+    run, _ = load(f"train.train_batch_size={batch}", f"train.train_micro_batch_size_per_gpu={micro}")
+    assert resolve_accumulation(run, ranks) == expected
+
+
+def test_a_batch_that_does_not_divide_says_what_would():
+    run, _ = load()  # 16 in micro-batches of 8
+    with pytest.raises(UserError, match=r"use train.train_micro_batch_size_per_gpu=4"):
+        resolve_accumulation(run, 4)
+    with pytest.raises(UserError, match=r"use train.train_batch_size=24, or fewer ranks"):
+        resolve_accumulation(run, 3)

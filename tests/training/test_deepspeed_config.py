@@ -1,0 +1,94 @@
+"""DeepSpeed's JSON: "auto" resolved from the run, disagreement and unknown keys refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minillm.config import load_run_config
+from minillm.training.deepspeed_config import model_state_bytes, read_deepspeed_json, resolve_deepspeed_config
+from minillm.utils.errors import UserError
+from tests.launching import ROOT
+
+ZERO2 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture
+def demo_run():
+    return load_run_config("demo", [], stage="pretrain", configs_dir=ROOT / "launch" / "configs")[0]
+
+
+def problems(values: dict, run, world_size: int = 1) -> str:
+    return "\n".join(resolve_deepspeed_config(values, run, world_size, "some.json")[1])
+
+
+def test_auto_takes_the_runs_values(demo_run):
+    values = read_deepspeed_json(ROOT / "ds_configs" / "zero2.json")
+    resolved, found = resolve_deepspeed_config(values, demo_run, 2, "zero2.json")
+    assert not found
+    assert resolved["train_batch_size"] == 16 and resolved["train_micro_batch_size_per_gpu"] == 8
+    assert resolved["gradient_accumulation_steps"] == 1 and resolved["gradient_clipping"] == 1.0
+    assert values["train_batch_size"] == "auto"  # the caller's stays as it was
+
+
+def test_clipping_is_always_written_out(demo_run):
+    demo_run.optim.gradient_clipping = 0.0  # DeepSpeed would clip at 1.0 where the key is missing
+    assert resolve_deepspeed_config(ZERO2, demo_run, 1, "")[0]["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"train_batch_size": 99}, ["train_batch_size = 99", "train.train_batch_size = 16", "auto"]),
+        ({"gradient_clipping": 5.0}, ["gradient_clipping = 5.0", "optim.gradient_clipping = 1.0"]),
+        ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean `zero_optimization`"]),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, ["overlap_com", "did you mean `overlap_comm`"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage = 4", "0, 1, 2 or 3"]),
+        ({"zero_optimization": {"stage": 0}}, ["bf16 at ZeRO stage 0", "use stage 1"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer belongs to the `optim` section"]),
+        ({"curriculum_learning": {}}, ["curriculum_learning was removed"]),
+        ({"fp16": {"enabled": True}}, ["both enabled"]),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, ["non-finite"]),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["needs stage 3"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["must be cpu or none"]),
+        ({"bf16": True}, ["bf16 must be an object"]),
+    ],
+)
+def test_each_mistake_is_named(demo_run, change, expected):
+    text = problems({**ZERO2, **change}, demo_run)
+    for part in expected:
+        assert part in text, text
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(UserError, match="no such file; shipped configurations: .*zero2.json"):
+        read_deepspeed_json(tmp_path / "none.json")
+    path = tmp_path / "x.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_deepspeed_json(path)
+    path.write_text('{"bf16": {}, "bf16": {}}')
+    with pytest.raises(UserError, match="bf16 given twice"):
+        read_deepspeed_json(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+def test_known_keys_are_deepspeeds_own(path):
+    """Every key of a shipped file is one that DeepSpeed's own models accept (they forbid others)."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    values = json.loads(path.read_text())
+    DeepSpeedZeroConfig(**{k: v for k, v in values["zero_optimization"].items()})
+    DeepSpeedBF16Config(**values["bf16"])
+
+
+@pytest.mark.parametrize(
+    "stage, expected",  # bytes a parameter on 8 ranks: ZeRO paper's 2 + 2 + K, K = 12, gradients kept in fp32
+    [(0, 4 + 4 + 8), (1, 2 + 4 + 12 / 8), (2, 2 + 4 / 8 + 12 / 8), (3, (2 + 4 + 12) / 8)],
+)
+def test_memory_follows_the_zero_paper(stage, expected):
+    precision = {"bf16": {"enabled": stage > 0}}
+    parts = model_state_bytes(8000, {**precision, "zero_optimization": {"stage": stage}}, 8)
+    assert sum(parts.values()) == 8000 * expected

@@ -1,0 +1,149 @@
+"""The run contract: what a run leaves behind, what may change on resume and what may not, one writer, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import yaml
+
+from data_tools.shards import build_shards
+from minillm.accounting import flops_per_token
+from minillm.training.engine import NonFiniteError
+from minillm.training.run_folder import only_writer
+from minillm.utils.errors import UserError
+from tests.launching import checkpoint, losses, metrics, same_bits
+from tests.training.in_process import built_trainer, train
+from tests.training.tiny_data import sentences
+
+pytestmark = pytest.mark.usefixtures("group")
+
+
+def test_run_folder_and_metrics(settings, tmp_path):
+    settings["samples.every"], settings["samples.prompts"] = 4, ["The list", "你好"]
+    assert train(settings) == 0
+    run_dir = tmp_path / "r"
+    assert {"run.yaml", "ds_config.json", "env.json", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= {
+        p.name for p in run_dir.iterdir()
+    }
+    records = [r for r in metrics(run_dir) if "loss" in r]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    for record in records:
+        assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu"} <= set(record)
+    validations = [r for r in metrics(run_dir) if "val_loss" in r]
+    assert [r["step"] for r in validations] == [4] and {"val_ppl", "val_bpb"} <= set(validations[0])
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [s["prompt"] for s in samples] == ["The list", "你好"] and all(s["step"] == 4 for s in samples)
+    assert yaml.safe_load((run_dir / "run.yaml").read_text())["train"]["max_steps"] == 4
+    assert json.loads((run_dir / "ds_config.json").read_text())["train_batch_size"] == 8
+    assert json.loads((run_dir / "env.json").read_text())["packages"]["deepspeed"]
+
+
+def test_mfu_follows_its_definition(settings):
+    trainer = built_trainer(settings)
+    trainer.begin_step(type("NoStop", (), {"number": 0}))
+    trainer.meter.start_step()
+    trainer.step()
+    speed = trainer.meter.read()
+    flops = flops_per_token(trainer.engine.module.config.to_dict(), 64)
+    assert speed["mfu"] == pytest.approx(speed["tokens_per_s"] * flops / trainer.meter.peak, rel=1e-2, abs=1e-4)
+    trainer.loader.close()
+
+
+def test_the_same_command_again_is_complete(settings, tmp_path, capsys):
+    train(settings)
+    before = (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert train(settings) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert (tmp_path / "r" / "metrics.jsonl").read_text() == before
+
+
+def test_resume_announces_itself_and_may_change_what_it_may(settings, tmp_path, capsys):
+    train(settings)
+    changed = {"train.max_steps": 6, "train.train_micro_batch_size_per_gpu": 2, "log.every": 1, "checkpoint.every": 3}
+    assert train({**settings, **changed}, {"zero_optimization": {"stage": 3}}) == 0
+    out = capsys.readouterr().out
+    assert "fresh start in" in out and "resumed from step 4 of" in out
+    assert len(losses(tmp_path / "r")) == 6
+
+
+@pytest.mark.parametrize(
+    "key, value", [("seed", 7), ("data.seq_len", 32), ("train.train_batch_size", 16), ("model.hidden_size", 96)]
+)
+def test_resume_refuses_what_defines_the_run(settings, tmp_path, key, value):
+    train(settings)
+    weights = checkpoint(tmp_path / "r", 4)
+    before = settings.get(key, 42)
+    with pytest.raises(UserError) as error:
+        train({**settings, key: value, "train.max_steps": 8})
+    assert f"{key}: was {before}, now {value}" in str(error.value)
+    assert same_bits(checkpoint(tmp_path / "r", 4), weights)
+
+
+def test_resume_refuses_other_data_under_the_same_path(settings, tmp_path):
+    def write(seed: int) -> None:
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+        lines = [json.dumps({"id": str(i), "text": text}) for i, text in enumerate(sentences(seed, 60))]
+        (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+        build_shards([tmp_path / "corpus.jsonl"], tmp_path / "shards")
+
+    write(5)
+    train({**settings, "data.train": str(tmp_path / "shards")})
+    write(6)
+    with pytest.raises(UserError, match="trained on other data"):
+        train({**settings, "data.train": str(tmp_path / "shards"), "train.max_steps": 8})
+
+
+def test_one_writer_a_run_folder(settings, tmp_path):
+    with only_writer(tmp_path / "r"):
+        with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
+            train(settings)
+
+
+def test_a_signal_finishes_the_step_and_saves(settings, tmp_path):
+    """From another thread, as a scheduler would, in the middle of the run."""
+    settings = {**settings, "train.max_steps": 4000, "checkpoint.every": 0, "validation.every": 0}
+
+    def send_when_training() -> None:
+        while len(metrics(tmp_path / "r")) < 3:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send_when_training)
+    sender.start()
+    assert train(settings) == 128 + signal.SIGTERM
+    sender.join()
+    step = len(losses(tmp_path / "r"))
+    assert checkpoint(tmp_path / "r", step) and step < 4000
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_non_finite_loss_stops_before_the_update(settings, tmp_path, stage):
+    deepspeed = {"zero_optimization": {"stage": stage}}
+    settings = {**settings, "optim.learning_rate": 1e30, "optim.gradient_clipping": 0, "optim.warmup_ratio": 0}
+    settings["checkpoint.every"] = 1
+    with pytest.raises(NonFiniteError, match=r"step \d: .* Nothing was updated; the last checkpoint is step \d"):
+        train(settings, deepspeed)
+    last = len(losses(tmp_path / "r"))
+    assert checkpoint(tmp_path / "r", last)  # the last finite step's
+
+
+def test_too_many_unreadable_sequences_stop_the_run(settings, tmp_path):
+    """A chunk that rotted on disk after the shards were compiled."""
+    cache = tmp_path / "cache"
+    settings = {**settings, "data.cache_dir": str(cache), "train.max_steps": 60, "validation.every": 0}
+    train({**settings, "run_name": "first", "train.max_steps": 1})
+    shard = max(cache.glob("*/*.tar"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 0xFF
+    shard.chmod(0o644)
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="unreadable sequences so far, data.max_bad_samples = 0"):
+        train({**settings, "run_name": "second"})
+    assert train({**settings, "run_name": "third", "train.max_steps": 4, "data.max_bad_samples": 10_000}) == 0
+    assert metrics(tmp_path / "third")[-1].get("bad_rows") or any("bad_rows" in r for r in metrics(tmp_path / "third"))

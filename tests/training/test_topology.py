@@ -1,0 +1,43 @@
+"""A checkpoint knows no topology: saved on two ranks, continued on one at other ZeRO stages, on the same batches.
+
+The straight run is plain torch (tests/training/test_same_losses.py), so both halves are held against the same curve.
+The vocabulary of 383 and three layers make sizes that two ranks do not divide evenly.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from tests.launching import ROOT, losses, run
+from tests.training.in_process import train
+from tests.training.test_same_losses import BF16, FP32, plain_torch, zero
+from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
+
+HALF, WHOLE = 3, 6
+
+
+@pytest.mark.usefixtures("group")
+def test_two_ranks_to_one_across_stages(settings, tmp_path):
+    common = {**settings["text"], "train.train_micro_batch_size_per_gpu": 2, "run_root": str(tmp_path)}
+    saved = {"zero2": zero(2, FP32), "zero3": zero(3, FP32), "bf16": zero(1, BF16)}
+    cases = [
+        {"settings": {**common, "run_name": name, "train.max_steps": HALF}, "deepspeed": deepspeed}
+        for name, deepspeed in saved.items()
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(tmp_path / "cases.json")])
+
+    expected = plain_torch(settings["text"], WHOLE)
+    for name in saved:
+        for stage in (1, 2, 3) if name == "bf16" else (0, 1, 2, 3):
+            moved = f"{name}-to-{stage}"
+            shutil.copytree(tmp_path / name, tmp_path / moved)
+            precision = BF16 if name == "bf16" else FP32
+            train({**common, "run_name": moved, "train.max_steps": WHOLE}, zero(stage, precision))
+            tolerance = 5e-3 if name == "bf16" else 1e-5
+            assert losses(tmp_path / moved) == pytest.approx(expected, rel=tolerance), moved

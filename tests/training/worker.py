@@ -1,0 +1,40 @@
+"""Several runs in one process group.
+
+python -m torch.distributed.run --nproc_per_node N tests/training/worker.py CASES
+
+Starting ranks is most of the time of a distributed test, so one start trains every case, each in its own run folder.
+CASES is a JSON list of {"settings": {...}, "deepspeed": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from minillm.config import load_run_config, raise_problems
+from minillm.training.build import open_data, resolve_init_from
+from minillm.training.deepspeed_config import resolve_deepspeed_config
+from minillm.training.engine import process_group
+from minillm.training.loop import train_in_group
+from minillm.utils import distributed
+from tests.launching import ROOT, words
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    with process_group():
+        for case in cases:
+            stage = case.get("stage", "pretrain")
+            config = "demo" if stage == "pretrain" else "sft-demo"
+            settings = words(case["settings"])
+            run, problems = load_run_config(config, settings, stage=stage, configs_dir=ROOT / "launch" / "configs")
+            resolved, more = resolve_deepspeed_config(case["deepspeed"], run, distributed.world_size(), "the case")
+            raise_problems(problems + more, "of the case")
+            resolve_init_from(run)
+            code = train_in_group(run, resolved, open_data(run))
+            assert code == 0, code
+
+
+if __name__ == "__main__":
+    main()
