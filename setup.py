@@ -27,6 +27,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6",
         "numpy>=1.26",
+        "matplotlib>=3.8",
         "tqdm",
         "jinja2>=3.1",
         "ninja",

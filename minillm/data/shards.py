@@ -27,6 +27,14 @@ TEXT_FORMAT = "minillm-text-1"
 TOKEN_FORMAT = "minillm-tokens-1"
 TEXTS, CONVERSATIONS = "texts", "conversations"
 
+# keys an index must have beside those of every index: (of its own, of each shard)
+_REQUIRED = {
+    TEXT_FORMAT: ((), ("num_samples",)),
+    TOKEN_FORMAT: (
+        ("dtype", "chunk_tokens", "has_loss_mask", "tokenizer", "eos_token_id", "num_bad_samples"),
+        ("num_tokens", "num_documents", "tail_crc32"),
+    ),
+}
 _SHARD_NAME = re.compile(r"[^./\\\x00][^/\\\x00]*\.tar")
 
 Document = dict[str, object]
@@ -83,12 +91,17 @@ def check_shard_index(index: object, where: str) -> dict:
     found = index.get("format") if isinstance(index, dict) else None
     if found not in known:
         raise UserError(f"{where} has format {found!r}, known are {' and '.join(known)}: is this a folder of shards?")
+    header, entry = _REQUIRED[found]
     try:
+        for key in header:
+            index[key]  # type: ignore[index]  # noqa: B018
         for shard in index["shards"]:  # type: ignore[index]
             if not _SHARD_NAME.fullmatch(shard["name"]):
                 raise UserError(f"{where} names a shard {shard['name']!r}: names must be plain NAME.tar")
             if not isinstance(shard["bytes"], int) or not isinstance(shard["sha256"], str):
                 raise TypeError("bytes or sha256")
+            for key in entry:
+                shard[key]  # noqa: B018
     except (KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged ({error}): write the shards again") from error
     return index  # type: ignore[return-value]

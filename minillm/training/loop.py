@@ -33,6 +33,7 @@ from minillm.training.engine import NonFiniteError, build_engine, move_to_device
 from minillm.training.engine import warm_up as warm_up_engine
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
 from minillm.training.optim import learning_rate_at
+from minillm.training.plots import draw_loss
 from minillm.training.signals import StopRequest
 from minillm.training.state import TrainState
 from minillm.training.trackers import NoTracker, Tracker
@@ -254,6 +255,8 @@ class Trainer:
         state = self.state
         if state.step not in checkpoint.checkpoint_steps(self.checkpoints):
             self.save()
+        if distributed.rank() == 0 and (picture := draw_loss(self.config.run_dir, state.first_val_loss)):
+            say(f"drew {picture}")
         before = f"{state.first_val_loss:.4f} -> " if state.first_val_loss is not None else ""
         loss = f", validation loss {before}{state.val_loss:.4f}" if state.val_loss is not None else ""
         say(

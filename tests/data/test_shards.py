@@ -148,7 +148,7 @@ def test_an_index_cannot_name_files_outside_its_folder(name):
 TEXT = {"format": "minillm-text-1"}
 
 
-@pytest.mark.parametrize("index", [[], {}, {"format": "x"}, TEXT, TEXT | {"shards": [{}]}])
+@pytest.mark.parametrize("index", [[], {}, {"format": "x"}, TEXT, TEXT | {"shards": [{}]}, {"format": "minillm-tokens-1", "shards": []}])
 def test_an_index_that_is_none_is_refused(index):
     with pytest.raises(UserError, match="index.json"):
         check_shard_index(index, "index.json")

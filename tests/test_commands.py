@@ -1,0 +1,87 @@
+"""Law 8: every YAML with every JSON dry-runs, --dry-run is quick and light, and mistakes cost a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from minillm.presets import PRESETS
+from tests.launching import ROOT, checkpoint, command, environment, losses, metrics, run, run_until
+
+JSONS = sorted(p.name for p in (ROOT / "ds_configs").glob("*.json"))
+YAMLS = sorted(p.stem for p in (ROOT / "launch" / "configs").glob("*.yaml"))
+
+
+def script_of(config: str) -> str:
+    return "sft.py" if config.startswith("sft") else "pretrain.py"
+
+
+@pytest.mark.parametrize("config", YAMLS)
+@pytest.mark.parametrize("json_name", JSONS)
+def test_every_yaml_with_every_json_dry_runs(config, json_name, tmp_path):
+    words = command(script_of(config), ROOT / "ds_configs" / json_name, {}, config=config)
+    words += ["--dry-run", "--ranks", "8"]
+    if config.endswith("demo"):  # batches of 16 and micro-batches of 8 are for one or two ranks
+        words.append("train.train_micro_batch_size_per_gpu=2")
+    out = run(words, cwd=tmp_path).stdout
+    stage = json_name.split("zero")[1][0]
+    assert f"ZeRO-{stage}, bf16" in out and "FLOPs a token" in out and "memory a GPU" in out
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_dry_run_prints_the_models_numbers(tmp_path):
+    words = [*command("pretrain.py", ROOT / "ds_configs" / "zero2.json", {}, config="dense-26m"), "--dry-run"]
+    assert "25,829,888" in run(words, cwd=tmp_path).stdout  # ../shared/PRESETS.md's count
+    assert PRESETS["dense-26m"]["vocab_size"] == 6400
+
+
+def test_dry_run_and_config_errors_import_nothing_heavy(tmp_path):
+    code = (
+        "import sys; sys.argv = ['x', '--deepspeed', sys.argv[1], '--dry-run', *sys.argv[2:]]\n"
+        f"sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
+        "from entry import main\n"
+        "try:\n    main('pretrain', '', 'demo')\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)))\n"
+    )
+    for extra in ([], ["optim.learning_rat=1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT / "ds_configs" / "zero2.json"), *extra],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert done.returncode == (2 if extra else 0)
+    assert "did you mean `learning_rate`" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_problems_of_yaml_and_json_come_together(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"train_batch_size": 99, "bf16": {"enabled": true}, "zero_optimization": {"stage": 2}, "what": 1}')
+    done = run(command("pretrain.py", path, {"optim.learning_rate": -1}), cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "3 problems" in done.stderr
+    for part in ("optim.learning_rate = -1", "train_batch_size = 99", "what is not a DeepSpeed key"):
+        assert part in done.stderr
+
+
+def test_the_launchers_ranks_save_and_leave_on_a_signal(tiny_settings, tmp_path):
+    """INT to the process group (Ctrl-C): two ranks finish the step together and save it."""
+    settings = {**tiny_settings, "run_root": str(tmp_path), "run_name": "r", "train.max_steps": 100_000,
+                "checkpoint.every": 0, "validation.every": 0}  # fmt: skip
+    words = command("pretrain.py", ROOT / "ds_configs" / "zero2.json", settings, ranks=2)
+    run_until(words, lambda: len(metrics(tmp_path / "r")) >= 3, tmp_path, signal.SIGINT)
+    log = (tmp_path / "killed.log").read_text()
+    assert "stopped by signal 2 after step" in log, log
+    assert checkpoint(tmp_path / "r", len(losses(tmp_path / "r")))
+
+
+def test_single_process_exits_with_128_plus_the_signal(tiny_settings, tmp_path):
+    settings = {**tiny_settings, "run_root": str(tmp_path), "run_name": "r", "train.max_steps": 100_000,
+                "checkpoint.every": 0, "validation.every": 0}  # fmt: skip
+    words = command("pretrain.py", ROOT / "ds_configs" / "zero2.json", settings)
+    code = run_until(words, lambda: len(metrics(tmp_path / "r")) >= 3, tmp_path, signal.SIGTERM, to_group=False)
+    assert code == 128 + signal.SIGTERM
+    assert os.path.isdir(tmp_path / "r" / "checkpoints" / f"step-{len(losses(tmp_path / 'r')):06d}")
