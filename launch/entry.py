@@ -108,7 +108,9 @@ def print_plan(run: RunConfig, deepspeed_config: dict, world_size: int) -> None:
     counts = num_parameters(fields)
     stage = zero_stage(deepspeed_config)
     memory = model_state_bytes(counts["total"], deepspeed_config, world_size)
+    on_host = memory.pop("host")
     parts = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in memory.items())
+    parts += f"; {on_host / 2**20:,.1f} MiB on the host" if on_host else ""
     accumulation = deepspeed_config["gradient_accumulation_steps"]
     length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.num_epochs:g} epochs"
     rows = {

@@ -57,7 +57,7 @@ class BatchLoader:
                 f"train_batch_size {train_batch_size} is not a multiple of micro-batch {micro_batch_size} x "
                 f"{world_size} ranks: choose a batch that divides"
             )
-        self._stream = stream
+        self.stream = stream
         self._batch_size, self._micro = train_batch_size, micro_batch_size
         self.max_sequences, self._max_bad_rows = max_sequences, max_bad_rows
         first = np.arange(0, train_batch_size, micro_batch_size * world_size) + rank * micro_batch_size
@@ -90,7 +90,7 @@ class BatchLoader:
         if total > self._max_bad_rows:
             raise UserError(
                 f"{total} sequences cannot be read, {self._max_bad_rows} may be skipped: "
-                f"{'; '.join(self._stream.problems)}. Write the shards again, or raise data.max_bad_samples"
+                f"{'; '.join(self.stream.problems)}. Write the shards again, or raise data.max_bad_samples"
             )
 
     def close(self) -> None:
@@ -111,11 +111,11 @@ class BatchLoader:
         numbers = step * self._batch_size + self._rows
         if self.max_sequences is not None:
             numbers[numbers >= self.max_sequences] = -1
-        rows = self._stream.take(numbers)
+        rows = self.stream.take(numbers)
         micro_batches = []
         for start in range(0, len(numbers), self._micro):
             part = slice(start, start + self._micro)
-            length = self._stream.seq_len
+            length = self.stream.seq_len
             if "lengths" in rows:
                 longest = max(1, int(rows["lengths"][part].max()))
                 length = min(length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)

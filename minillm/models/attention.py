@@ -21,7 +21,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
 
     Args:
         query: [B, N, T, H]; key, value: [B, K, S, H] with K dividing N.
-        mask: None for causal attention over T == S (or one query that sees all keys), else bool [B, 1, T, S].
+        mask: None for causal attention over T == S (or one query that sees all keys), else bool [B, 1, T, S] that
+            never lets a query look ahead; where T == S what lies above the diagonal may not even be computed.
 
     Returns:
         [B, N, T, H] in the query's dtype.
@@ -79,14 +80,14 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; `positions` are the cosines and sines of RotaryEmbedding."""
+        """[B, T, D] -> [B, T, D]; `positions` is what RotaryEmbedding returned."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden_states).view(shape), *positions).transpose(1, 2)  # [B, N, T, H]
-        key = apply_rotary(self.k_proj(hidden_states).view(shape), *positions).transpose(1, 2)  # [B, K, T, H]
+        query = apply_rotary(self.q_proj(hidden_states).view(shape), positions).transpose(1, 2)  # [B, N, T, H]
+        key = apply_rotary(self.k_proj(hidden_states).view(shape), positions).transpose(1, 2)  # [B, K, T, H]
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, H]
@@ -105,7 +106,7 @@ def build_attention_mask(
 
     Args:
         length: T, the number of new tokens.
-        attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished mask [B, 1, T, S], returned as it is.
+        attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished causal mask [B, 1, T, S], returned as it is.
         document_ids: [B, T], equal within a document; only without cached tokens.
         past_key_values: the cache, before this forward's keys are added.
 

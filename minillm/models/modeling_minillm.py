@@ -41,7 +41,7 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        positions: tuple[torch.Tensor, ...],
+        positions: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
@@ -170,13 +170,17 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is not None:
             raise ValueError("pass either labels or shift_labels, not both")
         targets = next_token_targets(labels) if labels is not None else shift_labels
-        loss = None
+        if return_logits is None:
+            return_logits = targets is None or not self.training
+        kept = logits_to_keep
+        if isinstance(kept, int):
+            kept = slice(-kept, None) if kept else slice(None)
+        loss = logits = None
         if targets is not None:
-            loss = token_loss(self.lm_head(hidden_states), targets, num_items_in_batch)
-        logits = None
-        if return_logits or (return_logits is None and not (self.training and targets is not None)):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            kept = kept if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states)
+            loss = token_loss(logits, targets, num_items_in_batch)
+            logits = logits[:, kept] if return_logits else None
+        elif return_logits:
             logits = self.lm_head(hidden_states[:, kept])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
         return output if return_dict is not False else output.to_tuple()

@@ -23,16 +23,21 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = config.head_dim
         self.theta = config.rope_theta
 
-    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [B, T, 1, H / 2] in fp32 for position_ids [B, T]; the 1 broadcasts over heads."""
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Cosines, then sines, [B, T, 1, H] in fp32 for position_ids [B, T]; the 1 broadcasts over heads.
+
+        They come concatenated because the compiler keeps a concatenation in memory, while it would compute loose
+        cosines anew for every head of every layer.
+        """
         exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32) / self.head_dim
         frequencies = 1.0 / (self.theta**exponents)
         angles = position_ids[..., None, None].float() * frequencies  # [B, T, 1, H / 2]
-        return angles.cos(), angles.sin()
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x [B, T, N, H] by the angles, dimension i paired with i + H / 2; fp32 inside, returned in x's dtype."""
+def apply_rotary(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Turn x [B, T, N, H] by `rotation` [B, T, 1, H], dimension i paired with i + H / 2; fp32 inside, x's dtype out."""
+    cos, sin = rotation.chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

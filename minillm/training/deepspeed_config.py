@@ -178,13 +178,23 @@ def check_precision(values: dict[str, Any], where: str) -> list[str]:
 
 
 def model_state_bytes(num_parameters: int, values: dict[str, Any], world_size: int) -> dict[str, int]:
-    """Bytes a rank holds for weights, gradients and optimizer (ZeRO, arXiv:1910.02054, section 3); no activations."""
+    """Bytes a GPU holds for weights, gradients and optimizer (ZeRO, arXiv:1910.02054, section 3); no activations.
+
+    Offloaded parts count under `host`. Gradients are counted in the type they add up in.
+    """
     stage, low = zero_stage(values), 4 if precision(values) == "fp32" else 2
     since = {"optimizer": 1, "gradients": 2, "weights": 3}
     share = {name: world_size if stage >= first else 1 for name, first in since.items()}
-    moments_and_master = 8 if precision(values) == "fp32" and stage == 0 else 12
-    return {
+    fp32_gradients = values.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    master_and_moments = 8 if precision(values) == "fp32" and stage == 0 else 12
+    parts = {
         "weights": low * num_parameters // share["weights"],
-        "gradients": 4 * num_parameters // share["gradients"],
-        "optimizer": moments_and_master * num_parameters // share["optimizer"],
+        "gradients": (4 if fp32_gradients else low) * num_parameters // share["gradients"],
+        "optimizer": master_and_moments * num_parameters // share["optimizer"],
+        "host": 0,
     }
+    zero = values.get("zero_optimization", {})
+    for key, part in (("offload_optimizer", "optimizer"), ("offload_param", "weights")):
+        if zero.get(key, {}).get("device", "none") == "cpu":
+            parts["host"], parts[part] = parts["host"] + parts[part], 0
+    return parts

@@ -146,9 +146,10 @@ def test_an_index_cannot_name_files_outside_its_folder(name):
 
 
 TEXT = {"format": "minillm-text-1"}
+TOKENS = {"format": "minillm-tokens-1", "shards": []}
 
 
-@pytest.mark.parametrize("index", [[], {}, {"format": "x"}, TEXT, TEXT | {"shards": [{}]}, {"format": "minillm-tokens-1", "shards": []}])
+@pytest.mark.parametrize("index", [[], {}, {"format": "x"}, TEXT, TEXT | {"shards": [{}]}, TOKENS])
 def test_an_index_that_is_none_is_refused(index):
     with pytest.raises(UserError, match="index.json"):
         check_shard_index(index, "index.json")

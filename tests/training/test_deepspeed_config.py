@@ -85,10 +85,18 @@ def test_known_keys_are_deepspeeds_own(path):
 
 
 @pytest.mark.parametrize(
-    "stage, expected",  # bytes a parameter on 8 ranks: ZeRO paper's 2 + 2 + K, K = 12, gradients kept in fp32
-    [(0, 4 + 4 + 8), (1, 2 + 4 + 12 / 8), (2, 2 + 4 / 8 + 12 / 8), (3, (2 + 4 + 12) / 8)],
+    "stage, expected",  # bytes a parameter on 8 ranks: the ZeRO paper's 2 + 2 + K with K = 12, fp32 gradients from 2 on
+    [(0, 4 + 4 + 8), (1, 2 + 2 + 12 / 8), (2, 2 + 4 / 8 + 12 / 8), (3, (2 + 4 + 12) / 8)],
 )
 def test_memory_follows_the_zero_paper(stage, expected):
-    precision = {"bf16": {"enabled": stage > 0}}
-    parts = model_state_bytes(8000, {**precision, "zero_optimization": {"stage": stage}}, 8)
-    assert sum(parts.values()) == 8000 * expected
+    values = {"bf16": {"enabled": stage > 0}, "zero_optimization": {"stage": stage}}
+    if stage >= 2:
+        values["data_types"] = {"grad_accum_dtype": "fp32"}
+    assert sum(model_state_bytes(8000, values, 8).values()) == 8000 * expected
+
+
+def test_offloaded_bytes_are_the_hosts():
+    values = read_deepspeed_json(ROOT / "ds_configs" / "zero3_offload.json")
+    assert model_state_bytes(8000, values, 8) == {
+        "weights": 0, "gradients": 4000, "optimizer": 0, "host": 2000 + 12000
+    }  # fmt: skip

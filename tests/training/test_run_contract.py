@@ -43,6 +43,30 @@ def test_run_folder_and_metrics(settings, tmp_path):
     assert json.loads((run_dir / "env.json").read_text())["packages"]["deepspeed"]
 
 
+def test_several_sources_with_weights_are_validated_apart(settings, tmp_path):
+    """Two sources 3 : 1; the whole validation loss is the token-weighted mean of the parts."""
+    train_path, validation_path = settings["data.train"], settings["data.validation"]
+    mixed = [{"name": "a", "path": train_path, "weight": 3}, {"name": "b", "path": validation_path}]
+    apart = [{"name": "long", "path": train_path}, {"name": "short", "path": validation_path}]
+    settings = {**settings, "data.train": mixed, "data.validation": apart, "train.max_steps": 2}
+    assert train(settings) == 0
+    record = next(r for r in metrics(tmp_path / "r") if "val_loss" in r)
+    assert record["val_loss/long"] != record["val_loss/short"]
+    low, high = sorted((record["val_loss/long"], record["val_loss/short"]))
+    assert low < record["val_loss"] < high
+    assert yaml.safe_load((tmp_path / "r" / "run.yaml").read_text())["data"]["train"][0]["weight"] == 3
+
+
+def test_epochs_end_with_the_last_sequence(settings, tmp_path):
+    """num_epochs trains on every target token of the data exactly so often; the last batch is filled with nothing."""
+    settings = {**settings, "train.max_steps": None, "train.num_epochs": 2, "log.every": 1000, "validation.every": 0}
+    trainer = built_trainer({**settings, "checkpoint.every": 0})
+    stream = trainer.loader.stream
+    targets = int((stream.rows(0, stream.num_sequences)["shift_labels"] != -100).sum())
+    assert trainer.run_to_end() == 0
+    assert trainer.state.tokens == 2 * targets
+
+
 def test_mfu_follows_its_definition(settings):
     trainer = built_trainer(settings)
     trainer.begin_step(type("NoStop", (), {"number": 0}))

@@ -1,0 +1,53 @@
+"""The README's commands run as written, its paths exist, and its numbers are the code's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from minillm.accounting import num_parameters
+from minillm.presets import PRESETS
+from tests.launching import ROOT, TIMEOUT, environment
+from tests.training.tiny_data import sentences
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_to_files():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`((?:tests|minillm|launch|ds_configs)/[\w/.\-]+\.(?:py|sh|json|yaml))`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_parameter_counts_are_the_codes():
+    for name, millions in re.findall(r"\| `(demo|dense-26m)` \| ([\d.]+)M:", README):
+        assert f"{num_parameters(PRESETS[name])['total'] / 1e6:.1f}" == millions
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README
+
+
+def test_your_own_text_runs_as_written(tmp_path):
+    """The bash block, word for word, in a folder that holds only some texts and links to launch and ds_configs."""
+    (block,) = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for name in ("launch", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    texts = tmp_path / "my-texts"
+    texts.mkdir()
+    for number, text in enumerate(sentences(3, 300)):
+        (texts / f"文档{number}.txt").write_text(text, encoding="utf-8")
+    path = {"PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=tmp_path, env={**environment(), **path}, capture_output=True, text=True,
+        timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "done: 20 steps" in done.stdout
+    assert (tmp_path / "exported" / "mine" / "config.json").exists()
+    assert (tmp_path / "runs" / "mine" / "plots" / "loss.png").stat().st_size > 5000
