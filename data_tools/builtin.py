@@ -11,6 +11,7 @@ A lock lets any number of processes call this at once: one works, the others wai
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 from data_tools.corpus import PYTHON_DOCS_FILES, build_python_docs
 from data_tools.shards import build_shards
 from data_tools.tokenizer import build_tokenizer
+from minillm.utils.errors import exit_on_user_error
 from minillm.utils.files import file_lock, publish_directory
 from minillm.utils.logging import say
 
@@ -55,3 +57,15 @@ def _build_corpus(out: Path) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     build_python_docs(temporary).report(out)
     publish_directory(temporary, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_tools.builtin", description="Prepare the built-in data.")
+    parser.add_argument("--out", type=Path, default=Path("data/python-docs"), help="default: data/python-docs")
+    arguments = parser.parse_args()
+    with exit_on_user_error():
+        prepare_builtin(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

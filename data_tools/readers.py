@@ -24,7 +24,7 @@ from minillm.utils.logging import warn
 
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
-PIECE_BYTES = 8 << 20  # a text file above this many bytes becomes several documents
+PIECE_BYTES = 1 << 20  # a text file above this many bytes becomes several documents
 
 Document = dict[str, object]
 

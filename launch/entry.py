@@ -45,7 +45,10 @@ def parse_arguments(description: str, default_config: str) -> argparse.Namespace
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if on N ranks")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        parser.error("--ranks N (1 or more) goes with --dry-run; the launcher decides how many ranks a run has")
+    return arguments
 
 
 def main(stage: str, description: str, default_config: str) -> int:
@@ -77,12 +80,8 @@ def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]
         train, validation = BUILTIN_SHARDS[stage]
         run.data.train = str(BUILTIN_ROOT / "shards" / train)
         run.data.validation = str(BUILTIN_ROOT / "shards" / validation)
-        run.data.tokenizer = run.data.tokenizer or str(BUILTIN_ROOT / "tokenizer")
-    elif run.data.tokenizer is None and run.model.init_from is None:
-        raise_problems(
-            ["data.tokenizer: needed with data.train; train one with `python -m data_tools.tokenizer train`"],
-            arguments.config,
-        )
+        if run.model.init_from is None:  # else the tokenizer of those weights
+            run.data.tokenizer = run.data.tokenizer or str(BUILTIN_ROOT / "tokenizer")
     return run, deepspeed_config
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from minillm.accounting import MIXER_PARAMETERS, MLP_PARAMETERS
 from minillm.presets import PRESETS
 from minillm.utils.errors import UserError
+
+AUTO_MICRO_BATCH = 8
+RUN_NAME = r"^\w[\w.\-]*$"
 
 
 class Section(BaseModel):
@@ -38,7 +42,9 @@ class TrainSection(Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give train.num_epochs")
     num_epochs: float | None = Field(None, gt=0, description="passes over data.train; or give train.max_steps")
     train_batch_size: int = Field(32, ge=1, description="sequences of one optimizer step over all ranks together")
-    train_micro_batch_size_per_gpu: int = Field(8, ge=1, description="sequences a rank takes in one forward pass")
+    train_micro_batch_size_per_gpu: int | Literal["auto"] = Field(
+        "auto", description=f"sequences of one forward pass; auto: the most that divide, up to {AUTO_MICRO_BATCH}"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile the model (about a minute at the start)")
 
@@ -49,7 +55,7 @@ class DataSource(Section):
     weight: float | None = Field(None, gt=0, description="share of the batches against the other sources (null: 1)")
 
 
-Sources = str | list[DataSource] | None
+Sources = str | Annotated[list[DataSource], Field(min_length=1)] | None
 
 
 class DataSection(Section):
@@ -84,7 +90,9 @@ class ValidationSection(Section):
 
 class SamplesSection(Section):
     every: int = Field(0, ge=0, description="steps between samples; 0: none")
-    prompts: list[str] = Field(default_factory=list, description="texts to continue (questions, after fine-tuning)")
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="texts to continue (questions, after fine-tuning)"
+    )
     max_new_tokens: int = Field(48, ge=1, description="length of a sample")
 
 
@@ -94,7 +102,7 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    every: int = Field(1, ge=1, description="steps between metrics.jsonl lines")
+    every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with a key (WANDB_API_KEY or netrc), offline without"
     )
@@ -105,7 +113,8 @@ class LogSection(Section):
 class RunConfig(Section):
     """One run. `stage` is set by the launch script; everything else by defaults, YAML and command line."""
 
-    run_name: str = Field("", description="a folder name; default: the config's name", pattern=r"^[\w.\-]*$")
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+    run_name: str = Field("run", description="a folder's name; default: the config's", pattern=RUN_NAME)
     run_root: str = Field("runs", description="where run folders stand")
     seed: int = Field(42, ge=0, lt=2**63, description="of weights, data order and sampling")
     stage: Literal["pretrain", "sft"] = "pretrain"
@@ -253,37 +262,44 @@ def check_run_config(run: RunConfig) -> list[str]:
     if (run.train.max_steps is None) == (run.train.num_epochs is None):
         both = "both are given" if run.train.max_steps is not None else "neither is given"
         problems.append(f"train.max_steps / train.num_epochs: exactly one says how long the run is, {both}; set one")
-    if run.train.train_batch_size % run.train.train_micro_batch_size_per_gpu:
-        problems.append(
-            f"train.train_batch_size = {run.train.train_batch_size}: must be a multiple of "
-            f"train.train_micro_batch_size_per_gpu = {run.train.train_micro_batch_size_per_gpu}"
-        )
     if run.optim.lr_schedule == "wsd" and run.optim.warmup_ratio + run.optim.decay_ratio > 1:
         problems.append("optim.warmup_ratio + optim.decay_ratio must not exceed 1")
     if (run.data.train is None) != (run.data.validation is None) and run.data.train is None:
         problems.append("data.validation: given without data.train; give both, or neither for the built-in corpus")
+    if run.data.train is not None and run.data.tokenizer is None and run.model.init_from is None:
+        problems.append("data.tokenizer: needed with data.train; make one with `python -m data_tools.tokenizer train`")
     if run.samples.every and not run.samples.prompts:
         problems.append("samples.every: there is nothing to sample from; give samples.prompts, or samples.every=0")
     return problems + check_model(run)
 
 
 def check_model(run: RunConfig) -> list[str]:
+    """Preset and overrides: names, types, mechanisms, shapes. Values take the preset's types, in place."""
     section, problems = run.model, []
     if section.preset not in PRESETS:
         return [f"model.preset = {section.preset!r}: unknown preset{nearest(section.preset, sorted(PRESETS))}"]
-    fields = PRESETS[section.preset]
-    overrides = model_overrides(run)
-    for name, value in overrides.items():
+    fields = dict(PRESETS[section.preset])
+    for name, value in model_overrides(run).items():
         if name not in fields:
             names = [*ModelSection.model_fields, *fields]
             problems.append(f"model.{name}: unknown architecture field{nearest(name, names)}")
-        elif section.init_from is not None:
+            continue
+        if section.init_from is not None:
             problems.append(f"model.{name} = {value!r}: the model comes from model.init_from; its shape cannot change")
-        elif isinstance(fields[name], bool) != isinstance(value, bool) or (
-            isinstance(fields[name], (int, float)) and not isinstance(value, (int, float))
-        ):
-            problems.append(f"model.{name} = {value!r}: must be a {type(fields[name]).__name__}, like {fields[name]!r}")
-    is_dense = "sparse" not in (overrides.get("mlp_layer_types") or fields.get("mlp_layer_types") or [])
+        try:
+            fields[name] = section.model_extra[name] = convert(value, fields[name])
+        except ValueError as error:
+            problems.append(f"model.{name} = {value!r}: {error}")
+    for name, table in (("attention_type", MIXER_PARAMETERS), ("mlp_type", MLP_PARAMETERS)):
+        if fields[name] not in table:
+            known = nearest(str(fields[name]), list(table))
+            problems.append(f"model.{name} = {fields[name]!r}: unknown mechanism{known}")
+    if section.init_from is None and run.data.seq_len > fields["max_position_embeddings"]:
+        problems.append(
+            f"data.seq_len = {run.data.seq_len}: the model has {fields['max_position_embeddings']} positions; "
+            f"lower it, or raise model.max_position_embeddings"
+        )
+    is_dense = "sparse" not in (fields["mlp_layer_types"] or [])
     if is_dense and (section.moe_backend in ("deepspeed", "autoep") or section.expert_parallel_size > 1):
         problems.append(
             f"model.moe_backend = {section.moe_backend}, model.expert_parallel_size = {section.expert_parallel_size}: "
@@ -292,29 +308,54 @@ def check_model(run: RunConfig) -> list[str]:
     return problems
 
 
+def convert(value: Any, like: Any) -> Any:
+    """`value` in the type of the preset's value `like` (YAML reads 1e6 as text); numbers have to be above 0.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    if isinstance(like, bool):
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+    if isinstance(like, (int, float)):
+        kind = type(like)
+        try:
+            number = None if isinstance(value, bool) else kind(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is None or number != float(value) or number < 0:
+            raise ValueError(f"must be {'a whole' if kind is int else 'a'} number, like {like!r}")
+        return number
+    return value
+
+
 def model_overrides(run: RunConfig) -> dict[str, Any]:
     """The architecture fields given in the model section, over the preset's."""
     return dict(run.model.model_extra or {})
 
 
 def resolve_accumulation(run: RunConfig, world_size: int) -> int:
-    """gradient_accumulation_steps = train_batch_size / (micro-batch x ranks).
+    """gradient_accumulation_steps = train_batch_size / (micro-batch x ranks); an `auto` micro-batch is set on the way.
 
     Raises:
         UserError: when it does not divide, with the nearest sizes that do.
     """
     batch, micro = run.train.train_batch_size, run.train.train_micro_batch_size_per_gpu
-    if batch % (micro * world_size) == 0:
-        return batch // (micro * world_size)
     fitting = [m for m in range(1, batch + 1) if batch % (m * world_size) == 0]
+    if micro == "auto" and fitting:
+        micro = run.train.train_micro_batch_size_per_gpu = max(m for m in fitting if m <= AUTO_MICRO_BATCH)
+    if micro in fitting:
+        return batch // (micro * world_size)
+    whole = (1 if micro == "auto" else micro) * world_size
     fix = (
         f"train.train_micro_batch_size_per_gpu={max((m for m in fitting if m <= micro), default=fitting[0])}"
         if fitting
-        else f"train.train_batch_size={-(-batch // (micro * world_size)) * micro * world_size}, or fewer ranks"
+        else f"train.train_batch_size={-(-batch // whole) * whole}, or fewer ranks"
     )
     raise UserError(
-        f"train.train_batch_size = {batch} does not divide into micro-batches of {micro} on {world_size} ranks "
-        f"({micro} x {world_size} = {micro * world_size}); use {fix}"
+        f"train.train_batch_size = {batch} does not divide into micro-batches of {micro} on {world_size} ranks; "
+        f"use {fix}"
     )
 
 

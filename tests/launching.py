@@ -84,7 +84,8 @@ def losses(run_dir: Path) -> list[float]:
 def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights and moments."""
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+    tensors = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # load_file maps the file: it may change
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

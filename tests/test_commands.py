@@ -25,8 +25,6 @@ def script_of(config: str) -> str:
 def test_every_yaml_with_every_json_dry_runs(config, json_name, tmp_path):
     words = command(script_of(config), ROOT / "ds_configs" / json_name, {}, config=config)
     words += ["--dry-run", "--ranks", "8"]
-    if config.endswith("demo"):  # batches of 16 and micro-batches of 8 are for one or two ranks
-        words.append("train.train_micro_batch_size_per_gpu=2")
     out = run(words, cwd=tmp_path).stdout
     stage = json_name.split("zero")[1][0]
     assert f"ZeRO-{stage}, bf16" in out and "FLOPs a token" in out and "memory a GPU" in out

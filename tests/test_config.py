@@ -28,6 +28,11 @@ def test_command_line_over_yaml_over_default(tmp_path):
     assert run.run_name == "mine"  # the file's name
 
 
+def test_values_take_the_type_they_need():
+    run, found = load("model.rope_theta=1e6", "optim.learning_rate=3e-4", "run_name=2024")
+    assert not found and run.model.model_extra["rope_theta"] == 1e6 and run.run_name == "2024"
+
+
 def test_resolved_config_reads_back(tmp_path):
     run, _ = load("model.hidden_size=96", "run_name=试验")
     path = tmp_path / "run.yaml"
@@ -44,13 +49,19 @@ def test_resolved_config_reads_back(tmp_path):
         ("learning_rate=1", ["did you mean `optim.learning_rate`"]),
         ("optimizer.lr=1", ["optimizer: unknown key"]),
         ("model.hiden_size=64", ["model.hiden_size", "did you mean `hidden_size`"]),
-        ("model.hidden_size=big", ["model.hidden_size = 'big'", "int"]),
+        ("model.hidden_size=big", ["model.hidden_size = 'big'", "whole number"]),
         ("model.preset=dense-26", ["did you mean `dense-26m`"]),
         ("train.max_steps=0", ["train.max_steps = 0", "greater than or equal to 1"]),
         ("train.max_steps=many", ["train.max_steps = 'many'", "integer"]),
         ("train.num_epochs=2", ["train.max_steps / train.num_epochs", "both are given"]),
         ("train.max_steps=null", ["neither is given"]),
-        ("train.train_batch_size=12", ["train.train_batch_size = 12", "multiple of", "= 8"]),
+        ("model.attention_type=mla", ["model.attention_type = 'mla'", "gqa"]),
+        ("model.num_hidden_layers=2.5", ["model.num_hidden_layers = 2.5", "a whole number"]),
+        ("data.seq_len=100000", ["data.seq_len = 100000", "512 positions"]),
+        ("data.train=somewhere", ["data.tokenizer: needed"]),
+        ("data.train=[]", ["data.train = []", "at least 1"]),
+        ("samples.prompts=['']", ["samples.prompts.0", "at least 1"]),
+        ("run_name=..", ["run_name = '..'"]),
         ("optim.lr_schedule=linear", ["optim.lr_schedule = 'linear'", "cosine", "wsd"]),
         ("log.wandb=of", ["log.wandb = 'of'", "disabled"]),
         ("data.validation=somewhere", ["data.validation", "without data.train"]),
@@ -89,6 +100,13 @@ def test_yaml_mistakes_name_the_file(tmp_path):
         load(config=str(path))
 
 
+@pytest.mark.parametrize("ranks, micro", [(1, 8), (2, 8), (4, 4), (8, 2), (16, 1)])
+def test_an_auto_micro_batch_is_the_most_that_divides(ranks, micro):
+    run, _ = load()
+    assert resolve_accumulation(run, ranks) * micro * ranks == 16
+    assert run.train.train_micro_batch_size_per_gpu == micro
+
+
 @pytest.mark.parametrize("batch, micro, ranks, expected", [(16, 8, 1, 2), (16, 2, 8, 1), (24, 1, 3, 8)])
 def test_accumulation_is_batch_over_micro_batch_and_ranks(batch, micro, ranks, expected):
     run, _ = load(f"train.train_batch_size={batch}", f"train.train_micro_batch_size_per_gpu={micro}")
@@ -96,7 +114,7 @@ def test_accumulation_is_batch_over_micro_batch_and_ranks(batch, micro, ranks, e
 
 
 def test_a_batch_that_does_not_divide_says_what_would():
-    run, _ = load()  # 16 in micro-batches of 8
+    run, _ = load("train.train_micro_batch_size_per_gpu=8")  # of 16
     with pytest.raises(UserError, match=r"use train.train_micro_batch_size_per_gpu=4"):
         resolve_accumulation(run, 4)
     with pytest.raises(UserError, match=r"use train.train_batch_size=24, or fewer ranks"):

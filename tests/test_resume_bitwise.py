@@ -36,6 +36,8 @@ def test_killed_run_continues_to_the_same_bits(tmp_path, tiny_settings, ranks, j
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
     assert validation_losses(tmp_path / "broken") == validation_losses(tmp_path / "straight")
     assert same_bits(checkpoint(tmp_path / "broken", STEPS), checkpoint(tmp_path / "straight", STEPS))
+    generators = [tmp_path / n / "checkpoints" / f"step-{STEPS:06d}" / "rng.json" for n in ("broken", "straight")]
+    assert generators[0].read_text() == generators[1].read_text()
 
 
 def validation_losses(run_dir) -> list[float]:

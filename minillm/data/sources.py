@@ -245,6 +245,8 @@ def _compiled(
             if not out.is_dir():
                 say(f"compiling {len(shards)} text shards of {name} to token shards in {out}")
                 _compile(shards, tokenizer, out, kind, key, None, max_bad_samples)
+    else:
+        say(f"{name}: token shards in {out}")
     return out
 
 

@@ -182,6 +182,7 @@ class TokenShard:
         self.path = path
         self.num_tokens: int = entry["num_tokens"]
         self.num_documents: int = entry["num_documents"]
+        self.sha256: str = entry["sha256"]
         self.chunk_tokens: int = index["chunk_tokens"]
         self.num_chunks = -(-self.num_tokens // self.chunk_tokens)
         self.has_loss_mask: bool = index["has_loss_mask"]

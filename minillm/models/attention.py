@@ -35,8 +35,13 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
         output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, **options)
     elif query.device.type == "cpu" and mask.shape[2] == mask.shape[3]:
         output = _attend_in_blocks(query, key, value, mask, **options)
-    else:
+    elif query.device.type == "cpu":
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    else:
+        # CUDA's memory-efficient kernel takes a mask but no shared heads; without it SDPA would hold [T, S] in memory.
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return output.to(dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,31 +15,33 @@ from minillm.data.sources import TokenSource, open_sources
 from minillm.data.stream import build_stream
 from minillm.data.tokenizer import fingerprint, load_tokenizer
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
-from minillm.interop.load import newest_run_checkpoint, resolve_model_folder
+from minillm.interop.load import newest_checkpoint, newest_run_checkpoint, resolve_model_folder
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.presets import PRESETS
-from minillm.training.run_folder import recorded_run
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say
 
-ANY_NUMBER = 2**62
+ANY_NUMBER = 2**62  # the loop adds up all ranks' unreadable rows and stops them together
 
 
 @dataclass
 class Data:
-    """What is trained on and validated with."""
+    """What is trained on and validated with, and the model folder a run starts from."""
 
     tokenizer: object
     train: list[TokenSource]
     validation: list[TokenSource]
+    base: Path | None  # resolved `model.init_from`: weights at the first start, architecture and tokenizer always
 
     @property
     def fingerprint(self) -> dict[str, object]:
         """What has to be the same for a resumed run to see the same batches."""
+        digest = hashlib.sha256(json.dumps([[shard.sha256 for shard in s.shards] for s in self.train]).encode())
         return {
             "tokenizer": fingerprint(self.tokenizer),
             "train": [[s.name, s.weight, s.num_tokens, s.num_documents] for s in self.train],
+            "sha256": digest.hexdigest()[:16],
         }
 
 
@@ -47,14 +51,38 @@ def open_data(run: RunConfig) -> Data:
     Raises:
         UserError: missing or damaged shards, a tokenizer that does not match, nothing in them.
     """
+    base = resolve_init_from(run)
+    tokenizer_path = Path(run.data.tokenizer or base)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if base is not None and fingerprint(tokenizer) != fingerprint(load_tokenizer(base)):
+        raise UserError(
+            f"data.tokenizer = {run.data.tokenizer}: not the tokenizer of the weights in {base}; leave data.tokenizer "
+            f"out to use theirs"
+        )
     options = {
-        "tokenizer_path": Path(run.data.tokenizer),
+        "tokenizer_path": tokenizer_path,
         "cache_dir": Path(run.data.cache_dir or "data/cache"),
         "max_bad_samples": run.data.max_bad_samples,
     }
     train = open_sources(_spec(run.data.train), **options)
     validation = open_sources(_spec(run.data.validation), **options) if run.data.validation else []
-    return Data(load_tokenizer(run.data.tokenizer), train, validation)
+    return Data(tokenizer, train, validation, base)
+
+
+def resolve_init_from(run: RunConfig) -> Path | None:
+    """The folder that `model.init_from` means: `newest` is the newest pretraining run's newest checkpoint.
+
+    A run that has a checkpoint of its own takes architecture and tokenizer from that, since the folder it began with
+    may have been pruned by then, or trained further.
+    """
+    if run.model.init_from is None:
+        return None
+    own = newest_checkpoint(run.run_dir)
+    if own is not None:
+        return own
+    if run.model.init_from == "newest":
+        return newest_run_checkpoint(Path(run.run_root), stage="pretrain")
+    return resolve_model_folder(run.model.init_from, run.run_root)
 
 
 def _spec(sources: Sources) -> str | list[dict[str, object]]:
@@ -64,7 +92,9 @@ def _spec(sources: Sources) -> str | list[dict[str, object]]:
 def build_loader(run: RunConfig, sources: list[TokenSource], *, num_epochs: float | None) -> BatchLoader:
     """The training loader: endless, or masked after `num_epochs`."""
     stream = build_stream(sources, seq_len=run.data.seq_len, packing=run.packing, seed=run.seed)
-    last = None if num_epochs is None else round(num_epochs * stream.num_sequences)
+    last = None if num_epochs is None else max(1, round(num_epochs * stream.num_sequences))
+    if stream.num_truncated:
+        say(f"{stream.num_truncated:,} documents are longer than data.seq_len = {run.data.seq_len} and are cut to it")
     return BatchLoader(
         stream,
         train_batch_size=run.train.train_batch_size,
@@ -72,7 +102,7 @@ def build_loader(run: RunConfig, sources: list[TokenSource], *, num_epochs: floa
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         max_sequences=last,
-        max_bad_rows=ANY_NUMBER,  # the loop adds up all ranks' and stops them together
+        max_bad_rows=ANY_NUMBER,
     )
 
 
@@ -89,43 +119,29 @@ def build_validation_loaders(run: RunConfig, sources: list[TokenSource]) -> dict
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             max_sequences=min(stream.num_sequences, run.validation.max_sequences or stream.num_sequences),
-            max_bad_rows=run.data.max_bad_samples,
+            max_bad_rows=ANY_NUMBER,
         )
     return loaders
 
 
-def resolve_init_from(run: RunConfig) -> None:
-    """Replace `model.init_from` by the folder it means: `newest` is the newest pretraining run's newest checkpoint.
-
-    A resumed run keeps the folder its first start recorded. The tokenizer comes from there where none is configured.
-    """
-    if run.model.init_from is None:
-        return
-    recorded = (recorded_run(run.run_dir) or {}).get("model", {}).get("init_from")
-    if run.model.init_from == "newest":
-        run.model.init_from = recorded or str(newest_run_checkpoint(Path(run.run_root), stage="pretrain"))
-    else:
-        run.model.init_from = str(resolve_model_folder(run.model.init_from, run.run_root))
-    run.data.tokenizer = run.data.tokenizer or run.model.init_from
-
-
-def load_initial_weights(model: MiniLLMForCausalLM, folder: str) -> None:
-    """Weights of a run, an exported folder, or a Hugging Face folder of a family interop knows."""
-    model.load_state_dict(load_as_minillm(Path(folder)).state_dict())
+def load_initial_weights(model: MiniLLMForCausalLM, folder: Path) -> None:
+    """Weights of a checkpoint, an exported folder, or a Hugging Face folder of a family interop knows."""
+    model.load_state_dict(load_as_minillm(folder).state_dict())
 
 
 def copy_parameters(model: MiniLLMForCausalLM) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def resolve_model_config(run: RunConfig, tokenizer) -> MiniLLMConfig:
-    """The preset with its overrides, or the config of `model.init_from`, fitted to the tokenizer and checked.
+def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
+    """The preset with its overrides, or the config of the base's folder, fitted to the tokenizer and checked.
 
     Raises:
         UserError: shapes that cannot work, or a vocabulary smaller than the tokenizer's.
     """
-    if run.model.init_from:
-        config = load_config_as_minillm(Path(run.model.init_from))
+    tokenizer = data.tokenizer
+    if data.base is not None:
+        config = load_config_as_minillm(data.base)
     else:
         fields = {**PRESETS[run.model.preset], **model_overrides(run)}
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,

@@ -33,7 +33,7 @@ from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.files import publish_directory, read_json, remove_directory, write_json
 from minillm.utils.files import write_manifest as list_files
-from minillm.utils.logging import say
+from minillm.utils.logging import say, warn
 from minillm.utils.seeding import capture_rng, restore_rng, seed_everything
 
 FORMAT = "minillm-checkpoint-1"
@@ -81,16 +81,17 @@ def save_checkpoint(directory: Path, engine, state: TrainState, extra: dict[str,
         steps = list(checkpoint_steps(directory))
         last = f"the last one, step {steps[-1]}, is untouched" if steps else "there is no earlier one"
         raise UserError(f"checkpoint {final} could not be written ({problem}); {last}. Mend that and run again")
-    if distributed.rank() == 0:
-        prune(directory, keep, state.best_step)
+    if distributed.rank() == 0 and (problem := _attempt(lambda: prune(directory, keep, state))):
+        warn(f"old checkpoints in {directory} could not be deleted: {problem}")
     return final
 
 
 def _attempt(action) -> str | None:
+    """What went wrong, as text: an OSError, or what the tokenizers library raises for one (a bare Exception)."""
     try:
         action()
-    except OSError as error:
-        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -105,11 +106,11 @@ def _prepare(temporary: Path, engine, state: TrainState, extra: dict, tokenizer,
     if engine.module.generation_config is not None:
         engine.module.generation_config.save_pretrained(temporary)
     save_tokenizer(tokenizer, temporary)
-    buffers = {n: b.tolist() for n, b in engine.module.named_buffers() if n in engine.module.state_dict(keep_vars=True)}
-    counters = {"global_steps": engine.global_steps, "micro_steps": engine.micro_steps}
+    persistent = engine.module.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer.tolist() for name, buffer in engine.module.named_buffers() if name in persistent}
     write_json(
         temporary / "trainer_state.json",
-        {"format": FORMAT, "state": state.as_dict(), "engine": counters, "buffers": buffers, **extra},
+        {"format": FORMAT, "state": state.as_dict(), "buffers": buffers, **extra},
     )
     write_json(temporary / "rng.json", {"ranks": generators})
 
@@ -128,12 +129,16 @@ def _publish(temporary: Path, final: Path, state: TrainState, checksums: dict[st
     publish_directory(temporary, final)
 
 
-def prune(directory: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` and the best; leftovers of killed writers go too."""
+def prune(directory: Path, keep: int, state: TrainState) -> None:
+    """Delete all but the newest `keep` up to this step and the best; leftovers of killed writers go too.
+
+    What is newer than this step was damaged and passed over at the start.
+    """
     steps = checkpoint_steps(directory)
-    for step in list(steps)[:-keep]:
-        if step != best_step:
-            remove_directory(steps[step])
+    kept = [step for step in steps if step <= state.step][-keep:]
+    for step, path in steps.items():
+        if step not in (*kept, state.best_step):
+            remove_directory(path)
     for leftover in (*directory.glob("step-*.tmp"), *directory.glob(".step-*.deleted")):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -178,7 +183,7 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
     """
     state, values = read_state(path)
     link_optimizer_states(engine)
-    reset_optimizer_state(engine, state.optimizer_step)
+    reset_optimizer_state(engine, state.step)
     with safe_open(path / OPTIMIZER, framework="pt") as file:
         for kind in MOMENTS:
             write_full_state(engine, kind, lambda name, kind=kind: file.get_tensor(_key(kind, name)))
@@ -188,8 +193,7 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
     for name, content in values["buffers"].items():
         buffer = engine.module.get_buffer(name)
         buffer.copy_(torch.tensor(content, dtype=buffer.dtype))
-    accumulation = engine.gradient_accumulation_steps()
-    reset_counters(engine, values["engine"]["global_steps"], values["engine"]["global_steps"] * accumulation)
+    reset_counters(engine, state.step)
     generators = read_json(path / "rng.json")["ranks"]
     if len(generators) == distributed.world_size():
         restore_rng(generators[distributed.rank()])
@@ -198,10 +202,10 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
     return state
 
 
-def reset_counters(engine, global_steps: int, micro_steps: int) -> None:
+def reset_counters(engine, step: int) -> None:
     """DeepSpeed's own counters: micro_steps decides where an accumulation ends."""
-    engine.global_steps, engine.micro_steps = global_steps, micro_steps
-    engine.global_samples = global_steps * engine.train_batch_size()
+    engine.global_steps, engine.micro_steps = step, step * engine.gradient_accumulation_steps()
+    engine.global_samples = step * engine.train_batch_size()
     engine.skipped_steps = 0
 
 

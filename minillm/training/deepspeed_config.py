@@ -16,10 +16,10 @@ from minillm.utils.errors import UserError
 
 TOP_LEVEL_KEYS = [
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_allgather", "comms_logger", "flops_profiler",
-    "activation_checkpointing", "aio", "compile", "timers", "expert_parallel",
+    "bf16", "fp16", "zero_optimization", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "disable_allgather", "comms_logger", "flops_profiler", "activation_checkpointing", "aio", "compile", "timers",
+    "expert_parallel",
 ]  # fmt: skip
 OWNED_ELSEWHERE = {
     "optimizer": "the `optim` section of the YAML",
@@ -28,6 +28,8 @@ OWNED_ELSEWHERE = {
     "tensorboard": "log.tensorboard in the YAML",
     "csv_monitor": "runs/NAME/metrics.jsonl, which is always written",
     "checkpoint": "the `checkpoint` section of the YAML",
+    "zero_allow_untested_optimizer": "the trainer, which always uses torch's AdamW",
+    "zero_force_ds_cpu_optimizer": "the trainer, which always uses torch's AdamW",
 }
 REMOVED = [
     "elasticity", "nebula", "curriculum_learning", "progressive_layer_drop", "amp", "compression_training",
@@ -92,11 +94,11 @@ def resolve_deepspeed_config(
     """
     problems = check_keys(values, where) + check_precision(values, where)
     resolved = json.loads(json.dumps(values))
+    accumulation: int | str = "auto"
     try:
         accumulation = resolve_accumulation(run, world_size)
     except UserError as error:
         problems.append(str(error))
-        accumulation = 0
     shared = {
         "train_batch_size": (run.train.train_batch_size, "train.train_batch_size"),
         "train_micro_batch_size_per_gpu": (
@@ -108,7 +110,7 @@ def resolve_deepspeed_config(
     }
     for key, (value, owner) in shared.items():
         given = values.get(key, "auto")
-        if given not in ("auto", value) and value:
+        if given not in ("auto", value) and value != "auto":
             problems.append(
                 f"{where}: {key} = {given!r}, but the run's {owner} = {value!r}; set it to \"auto\" in the JSON"
             )
@@ -122,12 +124,17 @@ def resolve_deepspeed_config(
 
 
 def zero_stage(values: dict[str, Any]) -> int:
-    return int(values.get("zero_optimization", {}).get("stage", 0))
+    return int(section(values, "zero_optimization").get("stage", 0))
+
+
+def section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A nested object; DeepSpeed reads null as absent."""
+    return values.get(name) or {}
 
 
 def precision(values: dict[str, Any]) -> str:
     """bf16, fp16 or fp32."""
-    return next((name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled")), "fp32")
+    return next((name for name in ("bf16", "fp16") if section(values, name).get("enabled")), "fp32")
 
 
 def check_keys(values: dict[str, Any], where: str) -> list[str]:
@@ -139,40 +146,47 @@ def check_keys(values: dict[str, Any], where: str) -> list[str]:
             problems.append(f"{where}: {key} was removed from DeepSpeed (0.19); remove it here")
         elif key not in TOP_LEVEL_KEYS:
             problems.append(f"{where}: {key} is not a DeepSpeed key{nearest(key, TOP_LEVEL_KEYS)}")
-    for section, keys in {"zero_optimization": ZERO_KEYS, **PRECISION_KEYS}.items():
-        inner = values.get(section, {})
+    for name, keys in {"zero_optimization": ZERO_KEYS, **PRECISION_KEYS}.items():
+        inner = section(values, name)
         if not isinstance(inner, dict):
-            problems.append(f"{where}: {section} must be an object, not {inner!r}")
+            problems.append(f"{where}: {name} must be an object, not {inner!r}")
             continue
-        for key in inner:
+        for key, value in inner.items():
             if key not in keys:
-                problems.append(f"{where}: {section}.{key} is not a DeepSpeed key{nearest(key, keys)}")
+                problems.append(f"{where}: {name}.{key} is not a DeepSpeed key{nearest(key, keys)}")
+            elif value == "auto":
+                problems.append(f"{where}: {name}.{key}: only batch sizes, accumulation and clipping may be \"auto\"")
     return problems
 
 
 def check_precision(values: dict[str, Any], where: str) -> list[str]:
-    zero = values.get("zero_optimization", {})
-    if not all(isinstance(values.get(k, {}), dict) for k in ("zero_optimization", "bf16", "fp16")):
+    zero = section(values, "zero_optimization")
+    if not all(isinstance(section(values, k), dict) for k in ("zero_optimization", "bf16", "fp16", "data_types")):
         return []  # check_keys has named it
     problems = []
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         return [f"{where}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"]
-    if values.get("bf16", {}).get("enabled") and values.get("fp16", {}).get("enabled"):
+    if section(values, "bf16").get("enabled") and section(values, "fp16").get("enabled"):
         problems.append(f"{where}: bf16 and fp16 are both enabled; keep one")
-    if values.get("fp16", {}).get("enabled"):
+    if section(values, "fp16").get("enabled"):
         problems.append(f"{where}: fp16 is not supported by this trainer; use bf16")
     if stage == 0 and precision(values) == "bf16":
         problems.append(
             f"{where}: bf16 at ZeRO stage 0 uses a DeepSpeed optimizer whose state cannot be saved; use stage 1"
         )
-    if values.get("bf16", {}).get("check_grad_overflow") is False:
+    if stage == 1 and precision(values) == "bf16" and section(values, "data_types").get("grad_accum_dtype") == "fp32":
+        problems.append(
+            f"{where}: bf16 at ZeRO stage 1 with grad_accum_dtype fp32 uses another DeepSpeed optimizer, which is not "
+            f"supported; remove data_types.grad_accum_dtype, or use stage 2"
+        )
+    if section(values, "bf16").get("check_grad_overflow") is False:
         problems.append(f"{where}: bf16.check_grad_overflow = false would apply non-finite gradients; remove it")
     for key in ("offload_param", "offload_optimizer"):
-        device = zero.get(key, {}).get("device", "none")
+        device = section(zero, key).get("device", "none")
         if device not in ("none", "cpu"):
             problems.append(f"{where}: zero_optimization.{key}.device = {device!r}: must be cpu or none")
-    if zero.get("offload_param", {}).get("device", "none") != "none" and stage != 3:
+    if section(zero, "offload_param").get("device", "none") != "none" and stage != 3:
         problems.append(f"{where}: zero_optimization.offload_param needs stage 3")
     return problems
 
@@ -185,7 +199,7 @@ def model_state_bytes(num_parameters: int, values: dict[str, Any], world_size: i
     stage, low = zero_stage(values), 4 if precision(values) == "fp32" else 2
     since = {"optimizer": 1, "gradients": 2, "weights": 3}
     share = {name: world_size if stage >= first else 1 for name, first in since.items()}
-    fp32_gradients = values.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    fp32_gradients = section(values, "data_types").get("grad_accum_dtype") == "fp32"
     master_and_moments = 8 if precision(values) == "fp32" and stage == 0 else 12
     parts = {
         "weights": low * num_parameters // share["weights"],
@@ -193,8 +207,8 @@ def model_state_bytes(num_parameters: int, values: dict[str, Any], world_size: i
         "optimizer": master_and_moments * num_parameters // share["optimizer"],
         "host": 0,
     }
-    zero = values.get("zero_optimization", {})
+    zero = section(values, "zero_optimization")
     for key, part in (("offload_optimizer", "optimizer"), ("offload_param", "weights")):
-        if zero.get(key, {}).get("device", "none") == "cpu":
+        if section(zero, key).get("device", "none") == "cpu":
             parts["host"], parts[part] = parts["host"] + parts[part], 0
     return parts

@@ -18,6 +18,7 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
 from minillm.config import RunConfig
 from minillm.training.optim import build_optimizer
@@ -48,6 +49,8 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed compiles a shared-memory all-reduce for inference at the first start; training has no use for it.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None)

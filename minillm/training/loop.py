@@ -6,6 +6,7 @@ Every number that outlives a step is in TrainState. A batch is a function of (se
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from minillm.training.build import (
     copy_parameters,
     load_initial_weights,
     open_data,
-    resolve_init_from,
     resolve_model_config,
 )
 from minillm.training.deepspeed_config import precision
@@ -52,21 +52,33 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
     Returns:
         The exit code: 0, or 128 + the signal's number.
     """
-    resolve_init_from(run)
-    data = open_data(run)
-    with process_group():
-        return train_in_group(run, deepspeed_config, data)
+    stop = StopRequest(launched="RANK" in os.environ)
+    try:
+        data = open_data(run)
+        with process_group():
+            return train_in_group(run, deepspeed_config, data, stop)
+    finally:
+        stop.restore()
 
 
-def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data) -> int:
+def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: StopRequest) -> int:
     """`train` where the ranks are already connected."""
-    config = resolve_model_config(run, data.tokenizer)
+    bases = distributed.gather_objects(str(data.base))
+    if len(set(bases)) > 1:
+        raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
+    config = resolve_model_config(run, data)
     with run_folder.only_writer(run.run_dir):
         trainer = Trainer(run, data)
         if trainer.is_complete():
             return 0
-        trainer.build(deepspeed_config, config)
-        return trainer.run_to_end()
+        try:
+            trainer.build(deepspeed_config, config)
+            code = trainer.run_to_end(stop)
+        except BaseException:
+            trainer.close(exit_code=1)
+            raise
+        trainer.close(code)
+        return code
 
 
 class Trainer:
@@ -75,39 +87,14 @@ class Trainer:
     def __init__(self, run: RunConfig, data: Data):
         self.config, self.data = run, data
         self.checkpoints = run.run_dir / "checkpoints"
-        found = distributed.rank() == 0 and newest_checkpoint(run.run_dir)
-        self.source: Path | None = distributed.broadcast_object(found) or None
+        self.source: Path | None = distributed.on_rank_zero(lambda: newest_checkpoint(run.run_dir))
+        self.source = distributed.broadcast_object(self.source)
         self.check_same_run()
         self.loader = build_loader(run, data.train, num_epochs=run.train.num_epochs)
         self.validation = build_validation_loaders(run, data.validation)
         self.max_steps = run.train.max_steps or self.loader.num_steps
         self.token_bytes = torch.from_numpy(token_byte_lengths(data.tokenizer))
-
-    def is_complete(self) -> bool:
-        """True, and a line that says so, when the newest checkpoint is already at the last step."""
-        if self.source is None or checkpoint.read_state(self.source)[0].step < self.max_steps:
-            return False
-        say(f"{self.config.run_dir} is complete: {self.source} is its last step; raise train.max_steps to go on")
-        return True
-
-    def build(self, deepspeed_config: dict, config: MiniLLMConfig) -> None:
-        """Everything that takes memory, after everything that can be refused."""
-        run = self.config
-        run_folder.write_settings(run, deepspeed_config, config.to_diff_dict())
-        model = build_model(run, config)
-        if self.source is not None:
-            checkpoint.load_weights(model, self.source)
-        elif run.model.init_from:
-            load_initial_weights(model, run.model.init_from)
-        flops = flops_per_token(config.to_dict(), run.data.seq_len)
-        exact = None if self.source or not run.model.init_from else copy_parameters(model)
-        self.engine = build_engine(model, run, deepspeed_config)
-        self.state = self.warm_up_and_restore(exact)
-        peak, origin = peak_flops(torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32)
-        self.meter = Meter(flops, peak, self.max_steps)
-        self.extra = {"data": self.data.fingerprint, "max_steps": self.max_steps, "stage": run.stage}
-        say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
-        self.tracker = Tracker(run, self.state.step) if distributed.rank() == 0 else NoTracker()
+        self.tracker: Tracker | NoTracker = NoTracker()
 
     def check_same_run(self) -> None:
         """Refuse a folder of another run before anything in it is touched."""
@@ -122,6 +109,32 @@ class Trainer:
                 f"Put the shards back to resume, or choose another run_name"
             )
 
+    def is_complete(self) -> bool:
+        """True, and a line that says so, when the newest checkpoint is already at the last step."""
+        if self.source is None or checkpoint.read_state(self.source)[0].step < self.max_steps:
+            return False
+        say(f"{self.config.run_dir} is complete: {self.source} is its last step; raise train.max_steps to go on")
+        return True
+
+    def build(self, deepspeed_config: dict, config: MiniLLMConfig) -> None:
+        """Everything that takes memory, after everything that can be refused."""
+        run = self.config
+        distributed.on_rank_zero(lambda: run_folder.write_settings(run, deepspeed_config, config.to_diff_dict()))
+        model = build_model(run, config)
+        exact = None
+        if self.source is not None:
+            checkpoint.load_weights(model, self.source)
+        elif self.data.base is not None:
+            load_initial_weights(model, self.data.base)
+            exact = copy_parameters(model)
+        self.engine = build_engine(model, run, deepspeed_config)
+        peak, origin = peak_flops(torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32)
+        say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
+        self.meter = Meter(flops_per_token(config.to_dict(), run.data.seq_len), peak, self.max_steps)
+        self.state = self.warm_up_and_restore(exact)
+        self.saved_step = self.state.step if self.source is not None else None
+        self.tracker = distributed.on_rank_zero(lambda: Tracker(run, self.state.step)) or self.tracker
+
     def warm_up_and_restore(self, exact_weights: dict[str, torch.Tensor] | None) -> TrainState:
         """One step at learning rate 0, then the checkpoint's state, or a clean one."""
         batch = self.loader.batch_at(0)
@@ -135,42 +148,34 @@ class Trainer:
         checkpoint.reset_optimizer_state(self.engine, 0)
         if exact_weights is not None:
             write_full_state(self.engine, "weight", exact_weights.__getitem__)
-        checkpoint.reset_counters(self.engine, 0, 0)
+        checkpoint.reset_counters(self.engine, 0)
         checkpoint.seed_rank(self.config.seed, 0)
-        weights = f", weights from {self.config.model.init_from}" if self.config.model.init_from else ""
-        say(f"fresh start in {self.config.run_dir}{weights}")
+        say(f"fresh start in {self.config.run_dir}" + (f", weights from {self.data.base}" if self.data.base else ""))
         return TrainState()
 
-    def run_to_end(self) -> int:
-        """The loop."""
-        state, run, stop = self.state, self.config, StopRequest()
-        if state.step == 0:
+    def run_to_end(self, stop: StopRequest) -> int:
+        """The loop. Returns the exit code."""
+        state, run = self.state, self.config
+        if state.step == 0 and self.validation:
             self.validate()
-        try:
-            while state.step < self.max_steps and not (signal := self.begin_step(stop)):
-                self.step()
-                if due(state.step, run.log.every, self.max_steps):
-                    self.log()
-                if due(state.step, run.validation.every, self.max_steps):
-                    self.validate()
-                if run.samples.every and due(state.step, run.samples.every, self.max_steps):
-                    self.sample()
-                if due(state.step, run.checkpoint.every, self.max_steps):
-                    self.save()
-            if state.step < self.max_steps:
+        while state.step < self.max_steps:
+            if signal := self.begin_step(stop):
                 return self.leave_early(signal)
-            self.conclude()
-            return 0
-        finally:
-            stop.restore()
-            self.loader.close()
-            self.tracker.close()
+            self.step()
+            if due(state.step, run.log.every, self.max_steps) or due(state.step, run.validation.every, self.max_steps):
+                self.log(validated=due(state.step, run.validation.every, self.max_steps))
+            if run.samples.every and due(state.step, run.samples.every, self.max_steps):
+                self.sample()
+            if due(state.step, run.checkpoint.every, self.max_steps):
+                self.save()
+        self.conclude()
+        return 0
 
     def begin_step(self, stop: StopRequest) -> int:
-        """Load the next batch; agree on its target tokens, on unreadable rows and on signals, in one collective."""
+        """Load the next batch; agree on its target tokens, on unreadable rows and on signals."""
         self.meter.start_step()
         self.batch = self.loader.batch_at(self.state.step)
-        tokens, bad, *_ = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
+        tokens, bad = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
         (number,) = distributed.reduce_max([stop.number])
         self.num_target_tokens = int(tokens)
         self.state.bad_rows += int(bad)
@@ -183,23 +188,24 @@ class Trainer:
         return int(number)
 
     def step(self) -> None:
+        """Forward, backward and update over the global batch."""
         state = self.state
         self.lr = learning_rate_at(state.step, self.max_steps, self.config.optim)
         batches = [move_to_device(b, self.engine.device) for b in self.batch.micro_batches]
         try:
             self.loss, self.grad_norm = run_step(self.engine, batches, max(1, self.num_target_tokens), self.lr)
         except NonFiniteError as error:
-            steps = list(checkpoint.checkpoint_steps(self.checkpoints))
+            last = "none" if self.saved_step is None else f"step {self.saved_step}"
             raise NonFiniteError(
-                f"step {state.step + 1}: {error}. Nothing was updated; the last checkpoint is "
-                f"{f'step {steps[-1]}' if steps else 'none'}. Lower optim.learning_rate or optim.gradient_clipping"
+                f"step {state.step + 1}: {error}. Nothing was updated; the last checkpoint is {last}. "
+                f"Lower optim.learning_rate or optim.gradient_clipping"
             ) from error
         state.step += 1
-        state.optimizer_step += 1
         state.tokens += self.num_target_tokens
         state.train_seconds += self.meter.end_step(self.num_target_tokens)
 
-    def log(self) -> None:
+    def log(self, validated: bool) -> None:
+        """One record a step: training, and validation where it is due."""
         record = {
             "loss": self.loss,
             "lr": self.lr,
@@ -209,22 +215,22 @@ class Trainer:
         }
         if self.state.bad_rows:
             record["bad_rows"] = self.state.bad_rows
+        if self.meter.line_is_due(self.state.step) or validated:
+            say(progress_line(record, self.state, self.meter))
+        if validated and self.validation:
+            record |= self.validate()
         self.tracker.log(self.state.step, record)
-        say(progress_line(record, self.state, self.meter))
 
-    def validate(self) -> None:
-        if not self.validation:
-            return
+    def validate(self) -> dict[str, float]:
         start = time.perf_counter()
-        record = validate(self.engine, self.validation, self.token_bytes)
+        record = validate(self.engine, self.validation, self.token_bytes, self.config.data.max_bad_samples)
         self.state.record_validation(record["val_loss"])
-        if self.state.step:
-            self.tracker.log(self.state.step, record)
         sources = "".join(f", {name[9:]} {value:.4f}" for name, value in record.items() if name.startswith("val_loss/"))
         say(
             f"validation at step {self.state.step}: loss {record['val_loss']:.4f}, perplexity {record['val_ppl']:.2f}, "
             f"{record['val_bpb']:.3f} bits per byte{sources} ({time.perf_counter() - start:.1f} s)"
         )
+        return record
 
     def sample(self) -> None:
         section = self.config.samples
@@ -236,25 +242,24 @@ class Trainer:
 
     def save(self) -> None:
         start = time.perf_counter()
+        self.state.note_checkpoint()
+        extra = {"data": self.data.fingerprint}
         keep = self.config.checkpoint.keep
-        path = checkpoint.save_checkpoint(
-            self.checkpoints, self.engine, self.state, self.extra, self.data.tokenizer, keep
-        )
+        path = checkpoint.save_checkpoint(self.checkpoints, self.engine, self.state, extra, self.data.tokenizer, keep)
+        self.saved_step = self.state.step
         if distributed.rank() == 0:
             checkpoint.announce(path, time.perf_counter() - start)
 
     def leave_early(self, signal: int) -> int:
         """Save and go: the step in flight is done."""
-        saved = checkpoint.checkpoint_steps(self.checkpoints)
-        if self.state.step and self.state.step not in saved:
+        if self.saved_step != self.state.step and self.state.step:
             self.save()
         say(f"stopped by signal {signal} after step {self.state.step}; the same command resumes")
         return 128 + signal
 
     def conclude(self) -> None:
+        """The last line of the log, and the picture of the run."""
         state = self.state
-        if state.step not in checkpoint.checkpoint_steps(self.checkpoints):
-            self.save()
         if distributed.rank() == 0 and (picture := draw_loss(self.config.run_dir, state.first_val_loss)):
             say(f"drew {picture}")
         before = f"{state.first_val_loss:.4f} -> " if state.first_val_loss is not None else ""
@@ -263,6 +268,11 @@ class Trainer:
             f"done: {state.step} steps, {state.tokens:,} tokens in {format_seconds(state.train_seconds)}{loss}; "
             f"run folder {self.config.run_dir}"
         )
+
+    def close(self, exit_code: int) -> None:
+        for loader in (self.loader, *self.validation.values()):
+            loader.close()
+        self.tracker.close(exit_code)
 
 
 def due(step: int, every: int, max_steps: int) -> bool:

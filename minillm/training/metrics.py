@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import math
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -20,23 +21,30 @@ DATASHEET_FLOPS = {
 }  # fmt: skip
 
 
-def measure_matmul_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 6) -> float:
-    """FLOP/s of a square matrix product on this rank's threads, all ranks at once (they share the cores).
+def measure_matmul_flops(dtype: torch.dtype, repeats: int = 6) -> float:
+    """FLOP/s of a square matrix product on this rank's device, all ranks at once (CPU ranks share the cores).
 
     On a CPU without bf16 instructions the model multiplies bf16 through fp32, so the better of the two is the peak.
     """
+    device = distributed.default_device()
+    size = 8192 if device.type == "cuda" else 1024
     best = 0.0
-    for kind in {dtype, torch.float32}:
-        a, b = torch.randn(size, size, dtype=kind), torch.randn(size, size, dtype=kind)
-        a @ b
+    for kind in (dtype,) if device.type == "cuda" else {dtype, torch.float32}:
+        own = torch.Generator(device).manual_seed(0)  # the run's generators are restored or fresh: leave them alone
+        a, b = (torch.randn(size, size, dtype=kind, device=device, generator=own) for _ in range(2))
         distributed.barrier()
-        fastest = float("inf")
-        for _ in range(repeats):
-            start = time.perf_counter()
-            a @ b
-            fastest = min(fastest, time.perf_counter() - start)
-        best = max(best, 2 * size**3 / fastest)
+        best = max(best, 2 * size**3 / min(_seconds_of_product(a, b) for _ in range(repeats)))
     return best
+
+
+def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    a @ b
+    if a.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
@@ -44,20 +52,14 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
     device = distributed.default_device()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((value for key, value in DATASHEET_FLOPS.items() if key in name), None)
+        known = next((value for key, value in DATASHEET_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         if known is not None:
             return known * distributed.world_size(), f"{name} datasheet"
     (total,) = distributed.reduce_sum([measure_matmul_flops(dtype)])
     return total, "measured matrix product"
 
 
-def peak_memory_bytes() -> int:
-    """Largest memory of this rank so far: allocated on the GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as file:
-        line = next((text for text in file if text.startswith("VmHWM")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
+SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Meter:
     _total_seconds: float = 0.0
     _total_steps: int = 0
     _started: float = field(default_factory=time.perf_counter)
+    _last_line: float = -math.inf
 
     def start_step(self) -> None:
         self._started = time.perf_counter()
@@ -90,6 +93,14 @@ class Meter:
         rate = self._tokens / max(self._seconds, 1e-9)
         self._seconds, self._tokens, self._steps = 0.0, 0, 0
         return {"tokens_per_s": round(rate, 1), "mfu": round(rate * self.flops_per_token / self.peak, 4)}
+
+    def line_is_due(self, step: int) -> bool:
+        """The first step, the last, and one every SECONDS_BETWEEN_LINES: as much as a person reads."""
+        now = time.perf_counter()
+        if step < self.max_steps and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line = now
+        return True
 
     def seconds_left(self, step: int) -> float:
         """Steps left at the mean speed of this start."""
@@ -109,9 +120,3 @@ def progress_line(record: dict[str, float], state: TrainState, meter: Meter) -> 
         f"grad {record['grad_norm']:6.2f}  {record['tokens_per_s']:>9,.0f} tok/s  mfu {record['mfu']:4.0%}  "
         f"left {format_seconds(meter.seconds_left(state.step))}"
     )
-
-
-def cpu_description() -> str:
-    with open("/proc/cpuinfo") as file:
-        name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"

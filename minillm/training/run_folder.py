@@ -20,8 +20,8 @@ from minillm.utils.errors import UserError
 from minillm.utils.files import file_lock, write_atomic, write_json
 
 FIXED_KEYS = (
-    "seed", "model.preset", "model.init_from", "data.train", "data.validation", "data.tokenizer", "data.seq_len",
-    "data.packing", "train.train_batch_size",
+    "seed", "stage", "model.preset", "model.init_from", "data.train", "data.validation", "data.tokenizer",
+    "data.seq_len", "data.packing", "train.train_batch_size",
 )  # fmt: skip
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors", "webdataset", "wandb")
 
@@ -31,18 +31,21 @@ def only_writer(run_dir: Path) -> Iterator[None]:
     """Hold the run folder's lock on rank 0; a second run on the same folder is refused.
 
     Raises:
-        UserError: another process trains in this folder.
+        UserError: on every rank, another process trains in this folder, or it cannot be written.
     """
-    if distributed.rank() != 0:
-        yield
-        return
+    path = run_dir / ".lock"
 
     def refuse() -> None:
-        owner = (run_dir / ".lock").read_text().strip() or "another process"
+        owner = path.read_text().strip() or "another process"
         raise UserError(f"{run_dir} is being written by {owner}; stop it, or give this run another run_name")
 
-    with file_lock(run_dir / ".lock", busy=refuse, wait=False):
-        (run_dir / ".lock").write_text(f"process {os.getpid()} on {platform.node()}\n")
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(file_lock(path, busy=refuse, wait=False))
+            path.write_text(f"process {os.getpid()} on {platform.node()}\n")
+
+        distributed.on_rank_zero(take)
         yield
 
 
@@ -82,9 +85,7 @@ def _get(values: dict[str, Any], key: str) -> Any:
 
 
 def write_settings(run: RunConfig, deepspeed_config: dict, model_fields: dict) -> None:
-    """run.yaml, ds_config.json, model_config.json and env.json of this start (rank 0)."""
-    if distributed.rank() != 0:
-        return
+    """run.yaml, ds_config.json, model_config.json and env.json of this start (called on rank 0)."""
     write_atomic(run.run_dir / "run.yaml", dump_run_config(run))
     write_json(run.run_dir / "ds_config.json", deepspeed_config)
     write_json(run.run_dir / "model_config.json", model_fields)

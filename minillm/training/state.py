@@ -8,26 +8,31 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from minillm.utils.errors import UserError
+
 
 @dataclass
 class TrainState:
     step: int = 0  # optimizer steps done
-    optimizer_step: int = 0  # AdamW's own counter, which bias correction uses
     tokens: int = 0  # target tokens trained on
     bad_rows: int = 0  # unreadable sequences skipped so far
     train_seconds: float = 0.0  # wall time inside steps, over all starts
     first_val_loss: float | None = None  # before the first step
     val_loss: float | None = None  # the latest
-    best_val_loss: float | None = None
+    val_step: int | None = None  # when that was
+    best_val_loss: float | None = None  # of the checkpoints
     best_step: int | None = None
 
     def record_validation(self, val_loss: float) -> None:
-        """Remember the latest and the best (the step as it stands)."""
-        self.val_loss = val_loss
+        """Remember the latest (the step as it stands)."""
+        self.val_loss, self.val_step = val_loss, self.step
         if self.step == 0:
             self.first_val_loss = val_loss
-        elif self.best_val_loss is None or val_loss < self.best_val_loss:
-            self.best_val_loss, self.best_step = val_loss, self.step
+
+    def note_checkpoint(self) -> None:
+        """Called as this step is saved: it is the best where it was validated and none that was saved is better."""
+        if self.val_step == self.step and (self.best_val_loss is None or self.val_loss < self.best_val_loss):
+            self.best_val_loss, self.best_step = self.val_loss, self.step
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -38,5 +43,5 @@ class TrainState:
         names = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
-            raise ValueError(f"unknown counters {unknown}; this checkpoint was written by a newer minillm")
+            raise UserError(f"unknown counters {unknown}: this checkpoint was written by another minillm; use that one")
         return cls(**values)

@@ -6,6 +6,7 @@ has no doubles; W&B continues the same run id, with our own step as the axis.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -31,8 +32,11 @@ class Tracker:
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Add one record; a step's keys are merged by their readers, a later line wins."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error}); mend that and run again") from error
         if self._wandb is not None:
             self._wandb.log({**record, "train_step": step})
         if self._board is not None:
@@ -46,7 +50,9 @@ class Tracker:
                 file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
 
     def close(self, exit_code: int = 0) -> None:
-        self._file.close()
+        """End the run in the trackers: `exit_code` other than 0 marks it as failed in W&B."""
+        with contextlib.suppress(OSError):  # every record was flushed, and a full disk has been reported
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
         if self._board is not None:
@@ -68,11 +74,17 @@ def cut_back(path: Path, step: int) -> None:
     for file in (path, path.with_name("samples.jsonl")):
         if not file.exists():
             continue
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        write_atomic(file, "".join(kept))
+        # "\n" alone ends a record: texts of samples may hold the line ends that str.splitlines also knows.
+        *lines, _ = file.read_bytes().split(b"\n")
+        write_atomic(file, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: bytes) -> float:
+    """A record's step; infinity for bytes that are none (a disk that was full)."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def wandb_mode(setting: str) -> str:

@@ -11,11 +11,14 @@ from minillm.data.loader import BatchLoader
 from minillm.training.engine import move_to_device
 from minillm.training.trackers import perplexity
 from minillm.utils import distributed
+from minillm.utils.errors import UserError
 from minillm.utils.seeding import rng_untouched
 
 
 @torch.no_grad()
-def validate(engine, loaders: dict[str, BatchLoader], token_bytes: torch.Tensor) -> dict[str, float]:
+def validate(
+    engine, loaders: dict[str, BatchLoader], token_bytes: torch.Tensor, max_bad_rows: int
+) -> dict[str, float]:
     """Token-mean loss over every validation sequence of every source.
 
     All ranks run the same number of forward passes (rows past the end are ignored targets), as ZeRO-3 needs.
@@ -23,24 +26,35 @@ def validate(engine, loaders: dict[str, BatchLoader], token_bytes: torch.Tensor)
     Args:
         loaders: by source name, over its sequences in order.
         token_bytes: [vocab] UTF-8 bytes a token stands for.
+        max_bad_rows: unreadable sequences allowed, over all ranks.
 
     Returns:
         val_loss, val_ppl, val_bpb; with several sources also val_loss/NAME.
+
+    Raises:
+        UserError: on every rank, more unreadable sequences than allowed.
     """
     engine.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(4, dtype=torch.float64)
     result = {}
     for name, loader in loaders.items():
-        sums = torch.zeros(3, dtype=torch.float64)  # loss in nats, target tokens, bytes of the targets
+        sums = torch.zeros(4, dtype=torch.float64)  # loss in nats, target tokens, bytes of the targets, unreadable rows
         for step in range(loader.num_steps):
-            for micro_batch in loader.batch_at(step).micro_batches:
-                sums += _sums(engine, micro_batch, token_bytes)
+            batch = loader.batch_at(step)
+            sums[3] += batch.num_bad_rows
+            for micro_batch in batch.micro_batches:
+                sums[:3] += _sums(engine, micro_batch, token_bytes)
         sums = torch.tensor(distributed.reduce_sum(sums.tolist()), dtype=torch.float64)
         totals += sums
         if len(loaders) > 1:
             result[f"val_loss/{name}"] = float(sums[0] / sums[1].clamp(min=1))
     engine.train()
-    loss, tokens, num_bytes = totals.tolist()
+    loss, tokens, num_bytes, bad_rows = totals.tolist()
+    if bad_rows > max_bad_rows:
+        raise UserError(
+            f"validation: {bad_rows:.0f} sequences cannot be read, data.max_bad_samples = {max_bad_rows}; the warnings "
+            f"name the shards. Write them again, or raise the limit"
+        )
     mean = loss / max(1.0, tokens)
     bpb = loss / math.log(2) / max(1.0, num_bytes)
     return {"val_loss": mean, "val_ppl": perplexity(mean), "val_bpb": bpb, **result}
@@ -61,7 +75,8 @@ def sample(engine, tokenizer, prompts: list[str], max_new_tokens: int, chat: boo
     """
     engine.eval()
     texts = []
-    with rng_untouched():
+    # Every new length would be compiled anew.
+    with rng_untouched(), torch.compiler.set_stance("force_eager"):
         for prompt in prompts:
             ids = (
                 encode_conversation(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[0]

@@ -6,9 +6,15 @@ Contract: works with one process and no process group. The group itself is opene
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from minillm.utils.errors import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -63,6 +69,27 @@ def gather_objects(value: object) -> list[object]:
     box: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def on_rank_zero(action: Callable[[], T]) -> T | None:
+    """Run `action` on rank 0 and wait for it on the others.
+
+    Returns:
+        What it returned on rank 0, None elsewhere.
+
+    Raises:
+        UserError: on every rank, when it raised a UserError or an OSError on rank 0; nobody is left waiting.
+    """
+    result, problem = None, None
+    if rank() == 0:
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
 def barrier() -> None:

@@ -6,6 +6,7 @@ Contract: the message names the thing, the rule and the fix. Entry points print 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -16,9 +17,14 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a UserError into one message on stderr and exit code 2 (used around every entry point)."""
+    """Turn a UserError into one message on stderr and exit code 2 (used around every entry point).
+
+    Most errors are every rank's; the other ranks print the first line only, so that one rank's own is not lost.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        message = f"error: {error}" if rank == "0" else f"error (rank {rank}): {str(error).splitlines()[0]}"
+        print(message, file=sys.stderr, flush=True)
         sys.exit(2)

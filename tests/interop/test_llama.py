@@ -1,4 +1,4 @@
-"""Weights to and from transformers' LlamaForCausalLM: the same logits both ways, and a clear refusal of what differs."""
+"""Weights to and from transformers' LlamaForCausalLM: equal logits both ways, a clear refusal of what differs."""
 
 from __future__ import annotations
 

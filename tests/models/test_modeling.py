@@ -1,4 +1,4 @@
-"""The model as a PreTrainedModel: folders, Auto classes, loss rules, activation checkpointing, compilation, config rules."""
+"""The model as a PreTrainedModel: folders, Auto classes, loss, activation checkpointing, compilation, config rules."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_names_of_parameters():
 
 
 def test_initialisation():
-    model = make(hidden_size=256, initializer_range=0.02)
+    model = make(hidden_size=256, initializer_range=0.02, tie_word_embeddings=False)
     assert model.model.layers[0].mixer.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.equal(model.model.norm.weight, torch.ones(256))
@@ -114,7 +114,7 @@ def test_activation_checkpointing_changes_no_gradient():
     model = make().train()
     expected = gradients(model, labels=IDS)
     calls = []
-    hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    hook = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     actual = gradients(model, labels=IDS)
     hook.remove()
@@ -123,25 +123,28 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(actual[name], gradient), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(dtype):
+COMPILED = [("float32", "aot_eager"), ("bfloat16", "aot_eager"), ("bfloat16", "inductor")]
+
+
+@pytest.mark.parametrize("dtype, backend", COMPILED)
+def test_compiled_equals_eager(dtype, backend):
     inputs = {
         "shift_labels": IDS,
         "document_ids": (torch.arange(16) // 5).expand(2, 16),
         "position_ids": (torch.arange(16) % 5).expand(2, 16),
     }
-    model = make().to(dtype).train()
-    reference = make().train()
-    expected = {n: g.to(dtype) for n, g in gradients(reference, **inputs).items()}
-    compiled = torch.compile(model, fullgraph=True)
-    loss = compiled(IDS, **inputs).loss
+    exact = make(num_hidden_layers=1).train()
+    expected = gradients(exact, **inputs)
+    model = make(num_hidden_layers=1).to(getattr(torch, dtype)).train()
+    loss = torch.compile(model, fullgraph=True, backend=backend)(IDS, **inputs).loss
     loss.backward()
-    assert loss.item() == pytest.approx(reference(IDS, **inputs).loss.item(), rel=1e-5 if dtype == torch.float32 else 2e-2)
+    narrow = dtype == "bfloat16"
+    assert loss.item() == pytest.approx(exact(IDS, **inputs).loss.item(), rel=2e-2 if narrow else 1e-5)
     for name, p in model.named_parameters():
-        if dtype == torch.float32:
-            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        if narrow:
+            assert F.cosine_similarity(p.grad.flatten().float(), expected[name].flatten(), dim=0) > 0.99, name
         else:
-            assert F.cosine_similarity(p.grad.flatten().float(), expected[name].flatten().float(), dim=0) > 0.99, name
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_rotary_angles_survive_a_cast_of_the_model():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from minillm.config import load_run_config, raise_problems
-from minillm.training.build import open_data, resolve_init_from
+from minillm.training.build import open_data
 from minillm.training.deepspeed_config import resolve_deepspeed_config
 from minillm.training.loop import Trainer, train_in_group
+from minillm.training.signals import StopRequest
 from tests.launching import ROOT, words
 
 FP32_ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -15,7 +16,6 @@ def load(settings: dict, stage: str = "pretrain"):
     config = {"pretrain": "demo", "sft": "sft-demo"}[stage]
     run, problems = load_run_config(config, words(settings), stage=stage, configs_dir=ROOT / "launch" / "configs")
     raise_problems(problems, "of the test")
-    resolve_init_from(run)
     return run
 
 
@@ -23,7 +23,11 @@ def train(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain"
     run = load(settings, stage)
     resolved, problems = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
     raise_problems(problems, "of the test")
-    return train_in_group(run, resolved, open_data(run))
+    stop = StopRequest(launched=False)
+    try:
+        return train_in_group(run, resolved, open_data(run), stop)
+    finally:
+        stop.restore()
 
 
 def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
@@ -34,5 +38,5 @@ def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
     data = open_data(run)
     trainer = Trainer(run, data)
     resolved, _ = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
-    trainer.build(resolved, resolve_model_config(run, data.tokenizer))
+    trainer.build(resolved, resolve_model_config(run, data))
     return trainer

@@ -53,16 +53,17 @@ class TestSaved:
             expected = trainer.engine.module.eval()(input_ids=ids).logits
             assert torch.equal(model(input_ids=ids).logits, expected)
         assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt"))
-        trainer.loader.close()
+        trainer.close(0)
 
-    def test_a_full_disk_keeps_the_previous_one(self, settings, tmp_path):
+    @pytest.mark.parametrize("limit", [1_000, 100_000])  # stops at the tokenizer's files, at the weights
+    def test_a_full_disk_keeps_the_previous_one(self, settings, tmp_path, limit):
         trainer = built_trainer(settings)
         trainer.save()
         before = checkpoint(tmp_path / "r", 0)
         trainer.state.step = 1
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the kernel refuses to write further
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # the kernel refuses to write further
         try:
             with pytest.raises(UserError, match="could not be written .*the last one, step 0, is untouched"):
                 trainer.save()
@@ -74,19 +75,20 @@ class TestSaved:
         assert same_bits(checkpoint(tmp_path / "r", 0), before)
         trainer.save()  # and goes on when there is room again
         assert newest_checkpoint(tmp_path / "r").name == "step-000001"
-        trainer.loader.close()
+        trainer.close(0)
 
     def test_a_damaged_newest_one_is_passed_over(self, settings, tmp_path, capsys):
         train(settings)
         weights = tmp_path / "r" / "checkpoints" / "step-000004" / "model.safetensors"
+        straight = checkpoint(tmp_path / "r", 4)
         content = bytearray(weights.read_bytes())
         content[-100] ^= 1
         weights.write_bytes(content)
-        straight = checkpoint(tmp_path / "r", 2)
         train({**settings, "train.max_steps": 4})
         out, err = capsys.readouterr()
         assert "resumed from step 2" in out and "model.safetensors does not match its checksum" in err
-        assert manifest_problems(weights.parent) == [] and not same_bits(checkpoint(tmp_path / "r", 4), straight)
+        assert manifest_problems(weights.parent) == []
+        assert same_bits(checkpoint(tmp_path / "r", 4), straight)  # the two steps were done again, to the same bits
 
     def test_another_architecture_is_refused(self, settings, tmp_path):
         train(settings)
@@ -111,12 +113,28 @@ class TestSaved:
             trainer.state.step = step
             trainer.state.record_validation(loss)
             trainer.save()
-        assert list(checkpoints.checkpoint_steps(tmp_path / "r" / "checkpoints")) == [2, 4, 5]
-        trainer.loader.close()
+        trainer.state.step = 6  # validated better, never saved: not the best of the checkpoints
+        trainer.state.record_validation(1.0)
+        trainer.state.step = 7
+        trainer.save()
+        assert list(checkpoints.checkpoint_steps(tmp_path / "r" / "checkpoints")) == [2, 5, 7]
+        trainer.close(0)
+
+    def test_pruning_never_counts_a_damaged_newer_one(self, settings, tmp_path):
+        """Resumed below a damaged step 9: that one goes, and `keep` good ones stay."""
+        trainer = built_trainer({**settings, "checkpoint.keep": 1})
+        trainer.save()
+        folder = tmp_path / "r" / "checkpoints"
+        shutil.copytree(folder / "step-000000", folder / "step-000009")
+        (folder / "step-000009" / "model.safetensors").write_bytes(b"")
+        trainer.state.step = 1
+        trainer.save()
+        assert list(checkpoints.checkpoint_steps(folder)) == [1]
+        trainer.close(0)
 
     def test_state_survives_exactly(self, settings, tmp_path):
         train({**settings, "train.max_steps": 2}, FP32_ZERO2)
         state, values = checkpoints.read_state(tmp_path / "r" / "checkpoints" / "step-000002")
-        assert (state.step, state.optimizer_step) == (2, 2)
-        assert state.tokens == [json.loads(s) for s in open(tmp_path / "r" / "metrics.jsonl")][-2]["tokens"]
+        assert state.step == 2
+        assert state.tokens == [json.loads(s) for s in open(tmp_path / "r" / "metrics.jsonl")][-1]["tokens"]
         assert values["data"]["tokenizer"]

@@ -35,6 +35,13 @@ def test_auto_takes_the_runs_values(demo_run):
 def test_clipping_is_always_written_out(demo_run):
     demo_run.optim.gradient_clipping = 0.0  # DeepSpeed would clip at 1.0 where the key is missing
     assert resolve_deepspeed_config(ZERO2, demo_run, 1, "")[0]["gradient_clipping"] == 0.0
+    assert "gradient_clipping = 5.0" in problems({**ZERO2, "gradient_clipping": 5.0}, demo_run)
+
+
+def test_null_sections_are_absent_ones(demo_run):
+    values = {**ZERO2, "data_types": None, "zero_optimization": {"stage": 2, "offload_optimizer": None}}
+    assert not problems(values, demo_run)
+    assert model_state_bytes(100, values, 1)["host"] == 0
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,9 @@ def test_clipping_is_always_written_out(demo_run):
         ({"optimizer": {"type": "Adam"}}, ["optimizer belongs to the `optim` section"]),
         ({"curriculum_learning": {}}, ["curriculum_learning was removed"]),
         ({"fp16": {"enabled": True}}, ["both enabled"]),
+        ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, ["another DeepSpeed"]),
+        ({"bf16": {"enabled": "auto"}}, ["bf16.enabled", "may be \"auto\""]),
+        ({"zero_allow_untested_optimizer": False}, ["belongs to the trainer"]),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, ["non-finite"]),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["needs stage 3"]),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["must be cpu or none"]),

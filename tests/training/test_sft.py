@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import yaml
 
 import minillm
+from minillm.data.tokenizer import save_tokenizer, train_bpe_tokenizer
 from minillm.interop.load import newest_checkpoint
-from tests.launching import checkpoint, losses, metrics
+from minillm.utils.errors import UserError
+from tests.launching import checkpoint, metrics
 from tests.training.in_process import built_trainer, train
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -24,17 +28,27 @@ def test_sft_continues_the_newest_pretraining_run(settings, tiny_data, tmp_path,
     assert train(chat, stage="sft") == 0
     base = newest_checkpoint(tmp_path / "base")
     assert f"weights from {base}" in capsys.readouterr().out
-    assert yaml.safe_load((tmp_path / "chat" / "run.yaml").read_text())["model"]["init_from"] == str(base)
-
-    # Supervised tokens: those of the answers and the <|im_end|> after each, counted with the tokenizer alone.
+    assert yaml.safe_load((tmp_path / "chat" / "run.yaml").read_text())["model"]["init_from"] == "newest"
     records = [r for r in metrics(tmp_path / "chat") if "loss" in r]
     assert records[-1]["loss"] < records[0]["loss"]
     reply = minillm.load(str(tmp_path / "chat")).chat("The list returns a tuple in order?", max_new_tokens=8)
     assert isinstance(reply, str)
 
-    train({**settings, "run_name": "newer"})  # a newer base does not disturb the resumed run
+    # Neither a newer base nor the loss of the old one disturbs the resumed run.
+    train({**settings, "run_name": "newer"})
+    shutil.rmtree(tmp_path / "base")
     assert train({**chat, "train.max_steps": 31}, stage="sft") == 0
     assert "resumed from step 30" in capsys.readouterr().out
+
+
+def test_another_tokenizer_than_the_weights_is_refused(settings, tmp_path):
+    train({**settings, "run_name": "base"})
+    other = tmp_path / "other"
+    save_tokenizer(train_bpe_tokenizer(["another text " * 9], 300), other)
+    shape = {k for k in settings if k.startswith("model.")}
+    own = {"run_name": "next", "model.init_from": "base", "data.tokenizer": str(other)}
+    with pytest.raises(UserError, match="not the tokenizer of the weights in .*leave data.tokenizer out"):
+        train({**{k: v for k, v in settings.items() if k not in shape}, **own})
 
 
 def test_the_first_step_starts_from_the_exact_weights(settings, tmp_path):
@@ -49,5 +63,4 @@ def test_the_first_step_starts_from_the_exact_weights(settings, tmp_path):
     weights = [name for name in before if not name.startswith("exp_avg")]
     assert weights and all(torch.equal(before[name], after[name]) for name in weights)
     assert all(not after[name].any() for name in after if name.startswith("exp_avg"))
-    trainer.loader.close()
-    assert losses(tmp_path / "base")
+    trainer.close(0)

@@ -13,16 +13,18 @@ import sys
 from pathlib import Path
 
 from minillm.config import load_run_config, raise_problems
-from minillm.training.build import open_data, resolve_init_from
+from minillm.training.build import open_data
 from minillm.training.deepspeed_config import resolve_deepspeed_config
 from minillm.training.engine import process_group
 from minillm.training.loop import train_in_group
+from minillm.training.signals import StopRequest
 from minillm.utils import distributed
 from tests.launching import ROOT, words
 
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
+    stop = StopRequest(launched=True)
     with process_group():
         for case in cases:
             stage = case.get("stage", "pretrain")
@@ -31,8 +33,7 @@ def main() -> None:
             run, problems = load_run_config(config, settings, stage=stage, configs_dir=ROOT / "launch" / "configs")
             resolved, more = resolve_deepspeed_config(case["deepspeed"], run, distributed.world_size(), "the case")
             raise_problems(problems + more, "of the case")
-            resolve_init_from(run)
-            code = train_in_group(run, resolved, open_data(run))
+            code = train_in_group(run, resolved, open_data(run), stop)
             assert code == 0, code
 
 
