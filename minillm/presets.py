@@ -8,8 +8,8 @@ default type; the config expands them to full lists. Token ids follow minillm.da
 from __future__ import annotations
 
 PRESETS: dict[str, dict[str, object]] = {
-    # What two CPU cores train in a few minutes: 3.8M parameters, 1.0M of them the tied embedding. The wide initialisation
-    # (about 1 / sqrt(hidden_size)) leaves the first plateau sooner than 0.02 at this width.
+    # What two CPU cores train in a few minutes: 3.8M parameters, 1.0M of them the tied embedding. The wide
+    # initialisation (about 1 / sqrt(hidden_size)) leaves the first plateau sooner than 0.02 at this width.
     "demo": {
         "vocab_size": 4096,
         "hidden_size": 256,
