@@ -102,7 +102,7 @@ def test_yaml_mistakes_name_the_file(tmp_path):
 
 @pytest.mark.parametrize("ranks, micro", [(1, 8), (2, 8), (4, 4), (8, 2), (16, 1)])
 def test_an_auto_micro_batch_is_the_most_that_divides(ranks, micro):
-    run, _ = load()
+    run, _ = load("train.train_batch_size=16")
     assert resolve_accumulation(run, ranks) * micro * ranks == 16
     assert run.train.train_micro_batch_size_per_gpu == micro
 
@@ -114,7 +114,7 @@ def test_accumulation_is_batch_over_micro_batch_and_ranks(batch, micro, ranks, e
 
 
 def test_a_batch_that_does_not_divide_says_what_would():
-    run, _ = load("train.train_micro_batch_size_per_gpu=8")  # of 16
+    run, _ = load("train.train_batch_size=16", "train.train_micro_batch_size_per_gpu=8")
     with pytest.raises(UserError, match=r"use train.train_micro_batch_size_per_gpu=4"):
         resolve_accumulation(run, 4)
     with pytest.raises(UserError, match=r"use train.train_batch_size=24, or fewer ranks"):

@@ -38,7 +38,7 @@ def rows_of(batch):
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_global_batch_is_the_same_for_every_split(folder, world_size, micro):
-    reference = make_loader(folder)._stream
+    reference = make_loader(folder).stream
     loaders = [make_loader(folder, rank=rank, world_size=world_size, micro=micro) for rank in range(world_size)]
     for step in (0, 1, 7):  # 7 is in the second epoch
         batches = [loader.batch_at(step) for loader in loaders]
@@ -87,7 +87,7 @@ def test_any_step_at_any_time(folder):
 def test_rows_past_the_end_are_empty(folder, packing):
     end = BATCH + 5
     loaders = [make_loader(folder, packing, rank, 2, max_sequences=end) for rank in range(2)]
-    stream = loaders[0]._stream
+    stream = loaders[0].stream
     for step, expected in ((0, BATCH), (1, 5), (2, 0)):
         batches = [loader.batch_at(step) for loader in loaders]
         rows = [row for batch in batches for row in rows_of(batch) if any(label != IGNORED for label in row)]

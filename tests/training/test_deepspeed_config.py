@@ -16,7 +16,8 @@ ZERO2 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 
 @pytest.fixture
 def demo_run():
-    return load_run_config("demo", [], stage="pretrain", configs_dir=ROOT / "launch" / "configs")[0]
+    words = ["train.train_batch_size=16", "train.train_micro_batch_size_per_gpu=8"]
+    return load_run_config("demo", words, stage="pretrain", configs_dir=ROOT / "launch" / "configs")[0]
 
 
 def problems(values: dict, run, world_size: int = 1) -> str:
