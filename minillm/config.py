@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from minillm.accounting import MIXER_PARAMETERS, MLP_PARAMETERS
+from minillm.architecture import problems_of
 from minillm.presets import PRESETS
 from minillm.utils.errors import UserError
 
@@ -290,10 +290,8 @@ def check_model(run: RunConfig) -> list[str]:
             fields[name] = section.model_extra[name] = convert(value, fields[name])
         except ValueError as error:
             problems.append(f"model.{name} = {value!r}: {error}")
-    for name, table in (("attention_type", MIXER_PARAMETERS), ("mlp_type", MLP_PARAMETERS)):
-        if fields[name] not in table:
-            known = nearest(str(fields[name]), list(table))
-            problems.append(f"model.{name} = {fields[name]!r}: unknown mechanism{known}")
+    if section.init_from is None:
+        problems += [f"model.{problem}" for problem in problems_of(fields)]
     if section.init_from is None and run.data.seq_len > fields["max_position_embeddings"]:
         problems.append(
             f"data.seq_len = {run.data.seq_len}: the model has {fields['max_position_embeddings']} positions; "

@@ -1,17 +1,24 @@
-"""Every preset spells out every architecture field and builds."""
+"""Every preset has exactly the architecture's fields, obeys the rules, and holds the published values."""
 
 from __future__ import annotations
 
 import pytest
 
+from minillm.architecture import DEFAULTS, problems_of
 from minillm.models import MiniLLMConfig
 from minillm.presets import PRESETS
 
 
+def test_the_config_declares_the_architectures_fields():
+    declared = {name for name in MiniLLMConfig.__annotations__ if name in MiniLLMConfig.__dict__}
+    assert declared - {"model_type", "keys_to_ignore_at_inference"} == set(DEFAULTS)
+    assert {name: getattr(MiniLLMConfig, name) for name in DEFAULTS} == DEFAULTS
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_names_exactly_the_config_fields(name):
-    fields = {f for f in MiniLLMConfig.__annotations__ if not f.startswith("_")}
-    assert set(PRESETS[name]) == fields
+def test_a_preset_names_exactly_the_fields_and_breaks_no_rule(name):
+    assert list(PRESETS[name]) == list(DEFAULTS)
+    assert problems_of(PRESETS[name]) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -20,8 +27,14 @@ def test_the_config_keeps_every_value(name):
     for field, value in PRESETS[name].items():
         if value is not None:
             assert getattr(config, field) == value
-    assert config.layer_types == ["full_attention"] * config.num_hidden_layers
-    assert config.mlp_layer_types == ["dense"] * config.num_hidden_layers
+    assert len(config.layer_types) == len(config.mlp_layer_types) == config.num_hidden_layers
+
+
+def test_every_field_differs_from_its_default_in_some_preset_or_is_an_option():
+    """A field no preset uses is a mechanism nobody asked for."""
+    options = {"rope_scaling", "router_z_loss_coef", "mtp_loss_coef", "position_embedding_type"}
+    used = {name for preset in PRESETS.values() for name in DEFAULTS if preset[name] != DEFAULTS[name]}
+    assert set(DEFAULTS) - used <= options
 
 
 def test_dense_26m_is_the_published_shape():

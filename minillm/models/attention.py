@@ -106,14 +106,18 @@ def build_attention_mask(
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
+    layer_idx: int = 0,
+    sliding_window: int | None = None,
 ) -> torch.Tensor | None:
-    """The mask all full_attention layers of one forward share.
+    """The mask all attention layers of one kind share in one forward.
 
     Args:
         length: T, the number of new tokens.
         attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished causal mask [B, 1, T, S], returned as it is.
         document_ids: [B, T], equal within a document; only without cached tokens.
         past_key_values: the cache, before this forward's keys are added.
+        layer_idx: a layer of this kind, whose part of the cache is asked.
+        sliding_window: tokens a query sees, itself included.
 
     Returns:
         None where plain causal attention over the T new tokens (or one query that sees everything) is right, else
@@ -122,18 +126,19 @@ def build_attention_mask(
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
-    num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-    num_keys, offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
-    if document_ids is not None and num_cached:
-        raise ValueError("document_ids cannot be used with cached tokens: pack documents only without a cache")
+    num_cached = 0 if past_key_values is None else past_key_values.get_seq_length(layer_idx)
+    num_keys, offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, layer_idx)
     if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None
-    fits = num_keys == num_cached + length  # false for a static cache, whose tail holds no tokens yet
-    if attention_mask is None and document_ids is None and fits and (length == 1 or not num_cached):
+    fits = offset + num_keys == num_cached + length  # false for a static cache, whose tail holds no tokens yet
+    in_window = sliding_window is None or num_keys <= sliding_window
+    if attention_mask is None and document_ids is None and fits and in_window and (length == 1 or not num_cached):
         return None
     queries = torch.arange(num_cached, num_cached + length, device=device)[:, None]
     keys = torch.arange(offset, offset + num_keys, device=device)[None, :]
     mask = (keys <= queries)[None, None]  # [1, 1, T, S]
+    if sliding_window is not None:
+        mask = mask & (keys > queries - sliding_window)
     if document_ids is not None:
         mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     if attention_mask is not None:

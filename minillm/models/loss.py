@@ -1,13 +1,20 @@
-"""The training loss: cross-entropy of the next token, summed over targets and divided by a given count.
+"""The training loss: cross-entropy of the next token, summed over targets and divided by a given count, and its
+auxiliary terms.
 
-Contract: -100 is no target. A batch without targets gives exactly 0 with zero gradients, never NaN, so that a rank
+Contract: every term is a sum over rows and targets divided by the same count, so that the terms of micro-batches add
+up to that of the global batch however it is split. -100 is no target. A batch without targets gives exactly 0 with zero gradients, never NaN, so that a rank
 whose micro-batch holds only padding takes part like any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.moe import Routing
 
 IGNORE = -100
 
@@ -25,3 +32,59 @@ def token_loss(
     if num_items is None:
         num_items = (targets != IGNORE).sum().clamp(min=1)
     return total / num_items
+
+
+def targets_ahead(targets: torch.Tensor, document_ids: torch.Tensor | None, depth: int) -> torch.Tensor:
+    """Targets [B, T] of the token `depth` after the next, for multi-token prediction.
+
+    Position t holds targets[t + depth]; none where that lies past the row, in another document, or where a position
+    from t on to it has no target (the module would need a token that is not there).
+    """
+    ahead = targets
+    for _ in range(depth):
+        ahead = F.pad(ahead[:, 1:], (0, 1), value=IGNORE)
+        if document_ids is not None:
+            same = document_ids[:, 1:] == document_ids[:, :-1]
+            ahead = ahead.masked_fill(~F.pad(same, (0, 1), value=False), IGNORE)
+    return ahead
+
+
+def counted_tokens(targets: torch.Tensor) -> torch.Tensor:
+    """Bool [B, T], the tokens that balance the experts: those up to each row's last target, so that padding and empty
+    rows do not count."""
+    return (targets != IGNORE).int().flip(-1).cummax(-1).values.flip(-1).bool()
+
+
+def auxiliary_losses(
+    config: MiniLLMConfig,
+    routings: Sequence[Routing] | None,
+    targets: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The balancing terms by name (before their coefficients), and their weighted sum.
+
+    Each term is computed for each row and summed over layers (Switch, arXiv:2101.03961, section 2.2); a row counts by
+    its share of the targets. Over whole batches instead of rows a term would depend on the split into micro-batches,
+    and so on the number of ranks.
+    """
+    if not routings:
+        return {}, targets.new_zeros((), dtype=torch.float32)
+    of_rows = (targets != IGNORE).sum(-1)
+    if num_items is None:
+        num_items = of_rows.sum().clamp(min=1)
+    share = of_rows / num_items  # [B]
+    losses, total = {}, 0.0
+    for name, field in TERMS.items():
+        if coefficient := getattr(config, field):
+            losses[name] = sum((routing.terms[name] * share).sum() for routing in routings)
+            total = total + coefficient * losses[name]
+    return losses, total
+
+
+# name in `losses` and in Routing.terms -> the field with its coefficient
+TERMS = {
+    "load_balancing": "router_aux_loss_coef",
+    "importance": "router_importance_loss_coef",
+    "router_z": "router_z_loss_coef",
+    "sequence_balancing": "router_sequence_loss_coef",
+}

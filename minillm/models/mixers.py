@@ -1,27 +1,96 @@
-"""Which sequence mixer a layer has.
+"""Which sequence mixer a layer has, and the masks the mixers of one forward share.
 
 The seam: a mixer is built as Mixer(config, layer_idx) and called as
-`mixer(hidden_states, positions, attention_mask, past_key_values)`, [B, T, D] in and out, where `positions` is what the
-model's position module returned and `attention_mask` is None (plain causal) or bool [B, 1, T, S], True where a query
-may look.
+`mixer(hidden_states, positions, mask, past_key_values)`, [B, T, D] in and out, where `positions` is the rotation that
+the model's position module returned (None where positions are added to the embeddings) and `mask` is what the builder
+in MASKS made for this layer's type. Attention layers get None (plain causal) or bool [B, 1, T, S], True where a query
+may look; linear_attention layers get None (one document a row) or int64 [B, T], the document of each token and -1 at
+padding.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
-from minillm.models.attention import GroupedQueryAttention
+from minillm.models.attention import GroupedQueryAttention, build_attention_mask
 from minillm.models.configuration_minillm import MiniLLMConfig
 
-FULL_ATTENTION: dict[str, type[nn.Module]] = {"gqa": GroupedQueryAttention}
+ATTENTION: dict[str, type[nn.Module]] = {"gqa": GroupedQueryAttention}
+MIXERS: dict[str, dict[str, type[nn.Module]]] = {  # layer type -> attention_type -> class
+    "full_attention": ATTENTION,
+    "sliding_attention": {"gqa": GroupedQueryAttention},
+}
 
 
 def build_mixer(config: MiniLLMConfig, layer_idx: int) -> nn.Module:
-    """The mixer of layer `layer_idx`: for a full_attention layer the class of `config.attention_type`."""
+    """The mixer of layer `layer_idx`; ValueError with the valid names for a combination that does not exist."""
+    layer_type = layer_type_of(config, layer_idx)
+    table = MIXERS.get(layer_type, {})
     try:
-        return FULL_ATTENTION[config.attention_type](config, layer_idx)
+        return table[config.attention_type](config, layer_idx)
     except KeyError:
-        valid = ", ".join(FULL_ATTENTION)
         raise ValueError(
-            f"attention_type is {config.attention_type!r} (layer {layer_idx}): valid names are {valid}"
+            f"attention_type is {config.attention_type!r}, and layer {layer_idx} is {layer_type}: valid are "
+            f"{', '.join(table)}"
         ) from None
+
+
+def layer_type_of(config: MiniLLMConfig, layer_idx: int) -> str:
+    """The type of a layer. A layer past the last (a multi-token module's) is like the last."""
+    return config.layer_types[min(layer_idx, config.num_hidden_layers - 1)]
+
+
+def build_masks(
+    config: MiniLLMConfig,
+    length: int,
+    device: torch.device,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+    document_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> dict[str, torch.Tensor | None]:
+    """One mask for each type of layer the model has.
+
+    Args:
+        length: T, the number of new tokens.
+        attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished mask [B, 1, T, S]; or finished masks by layer
+            type, as `generate` makes them for a cache of fixed size.
+        document_ids: [B, T], equal within a document; only without cached tokens.
+        past_key_values: the cache, before this forward's tokens are added.
+
+    Raises:
+        ValueError: documents with cached tokens, or a finished mask for a layer that takes none.
+    """
+    if document_ids is not None and past_key_values is not None and past_key_values.get_seq_length():
+        raise ValueError("document_ids cannot be used with cached tokens: pack documents only without a cache")
+    masks = {}
+    for layer_type in dict.fromkeys(config.layer_types):
+        given = attention_mask.get(layer_type) if isinstance(attention_mask, dict) else attention_mask
+        first = config.layer_types.index(layer_type)
+        masks[layer_type] = MASKS[layer_type](config, first, length, device, given, document_ids, past_key_values)
+    return masks
+
+
+def _full(config, layer_idx, *arguments):
+    return build_attention_mask(*arguments, layer_idx=layer_idx)
+
+
+def _sliding(config, layer_idx, *arguments):
+    return build_attention_mask(*arguments, layer_idx=layer_idx, sliding_window=config.sliding_window)
+
+
+def _linear(config, layer_idx, length, device, attention_mask, document_ids, past_key_values):
+    """int64 [B, T]: the document of each token, -1 at padding; None where each row is one unpadded document."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        raise ValueError("linear_attention layers take no finished mask [B, 1, T, S]: pass a 0/1 mask [B, T]")
+    if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
+        attention_mask = None
+    if attention_mask is None:
+        return document_ids
+    real = attention_mask[:, -length:].bool()
+    documents = torch.zeros_like(real, dtype=torch.long) if document_ids is None else document_ids
+    return documents.masked_fill(~real, -1)
+
+
+MASKS = {"full_attention": _full, "sliding_attention": _sliding, "linear_attention": _linear}

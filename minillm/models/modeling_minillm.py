@@ -2,28 +2,40 @@
 
 Contract: which mixer, MLP, norm and positions a layer has is the config's choice (build_mixer, build_mlp, build_norm,
 build_positions); nothing here asks which preset it is. A PreTrainedModel: save_pretrained, from_pretrained, generate
-with transformers' Cache, activation checkpointing by gradient_checkpointing_enable().
+with transformers' Cache, activation checkpointing by gradient_checkpointing_enable(). Balancing terms of the experts
+and the loss of multi-token prediction leave as return values, in training only.
 
 Shapes: B batch, T time, S time with cached tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from minillm.models.attention import build_attention_mask
 from minillm.models.chat import encode_chat
 from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.feed_forward import build_mlp, is_sparse
 from minillm.models.linear import Linear
-from minillm.models.loss import next_token_targets, token_loss
-from minillm.models.mixers import build_mixer
-from minillm.models.mlp import build_mlp
+from minillm.models.loss import (
+    auxiliary_losses,
+    counted_tokens,
+    next_token_targets,
+    targets_ahead,
+    token_loss,
+)
+from minillm.models.mixers import build_masks, build_mixer, layer_type_of
+from minillm.models.moe import Routing
+from minillm.models.multi_token import MultiTokenModule
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
 
@@ -33,22 +45,52 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MiniLLMConfig, layer_idx: int):
         super().__init__()
+        self.layer_type = layer_type_of(config, layer_idx)
+        self.is_sparse = is_sparse(config, layer_idx)
         self.input_layernorm = build_norm(config)
         self.mixer = build_mixer(config, layer_idx)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = build_mlp(config, layer_idx)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        positions: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None,
+        masks: dict[str, torch.Tensor | None],
         past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; the other arguments as in minillm.models.mixers."""
-        mixed = self.mixer(self.input_layernorm(hidden_states), positions, attention_mask, past_key_values)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        counted: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Routing | None]:
+        """[B, T, D] -> [B, T, D], and what the router did; the other arguments as in mixers and feed_forward."""
+        mask = masks[self.layer_type]
+        mixed = self.mixer(self.input_layernorm(hidden_states), positions, mask, past_key_values)
+        hidden_states = hidden_states + self.dropout(mixed)
+        normed = self.post_attention_layernorm(hidden_states)
+        fed, routing = self.mlp(normed, counted) if self.is_sparse else (self.mlp(normed), None)
+        return hidden_states + self.dropout(fed), routing
+
+
+@dataclass
+class MiniLLMModelOutput(BaseModelOutputWithPast):
+    """The decoder's hidden states, and in training what its routers did and its multi-token modules made."""
+
+    routings: tuple[Routing, ...] | None = None  # one a sparse layer, multi-token modules last
+    multi_token_states: tuple[torch.Tensor, ...] | None = None  # [B, T, D] each, the k-th of them k tokens further ahead
+
+
+@dataclass
+class MiniLLMCausalLMOutput(CausalLMOutputWithPast):
+    """Logits and loss, and the parts of the loss by name.
+
+    Attributes:
+        loss: what training minimises: cross-entropy and, in training, the auxiliary terms times their coefficients.
+        losses: fp32 scalars, `cross_entropy` first, then in training every auxiliary term before its coefficient;
+            all of them add up over micro-batches that share one `num_items_in_batch`.
+        expert_counts: [sparse layers, E], tokens each expert got, in training.
+    """
+
+    losses: dict[str, torch.Tensor] | None = None
+    expert_counts: torch.Tensor | None = None
 
 
 class MiniLLMPreTrainedModel(PreTrainedModel):
@@ -61,6 +103,19 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights and zero biases; a module with `init_weights(config)` fills its own parameters."""
+        super()._init_weights(module)
+        if hasattr(module, "init_weights"):
+            module.init_weights(self.config)
+        if self.config.scale_residual_init and isinstance(module, MiniLLMDecoderLayer):
+            # GPT-2 (Radford et al. 2019, section 2.3): what adds to the residual stream starts smaller with depth.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            for name, parameter in module.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                    init.normal_(parameter, mean=0.0, std=std)
+
 
 class MiniLLMModel(MiniLLMPreTrainedModel):
     """The decoder without its output product."""
@@ -72,6 +127,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         self.layers = nn.ModuleList(MiniLLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.positions = build_positions(config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        # Their layers stand after the last: layer_idx gives them a place of their own wherever layers are counted.
+        self.multi_token_modules = nn.ModuleList(
+            MultiTokenModule(config, MiniLLMDecoderLayer(config, config.num_hidden_layers + i))
+            for i in range(config.num_nextn_predict_layers)
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -84,26 +145,47 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        counted: torch.Tensor | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPast | tuple:
-        """Hidden states [B, T, D] after the last norm. Arguments as in MiniLLMForCausalLM.forward."""
+    ) -> MiniLLMModelOutput | tuple:
+        """Hidden states [B, T, D] after the last norm. Arguments as in MiniLLMForCausalLM.forward, and:
+
+        Args:
+            counted: bool [B, T], the tokens that balance the experts. Given in training alone; with it come the
+                routings and the states of the multi-token modules.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if isinstance(attention_mask, dict):  # what `generate` makes, by layer type, for a cache of fixed size
-            attention_mask = attention_mask["full_attention"]
-        length, device = hidden_states.shape[1], hidden_states.device
+        length, device = embeddings.shape[1], embeddings.device
         if position_ids is None:
             position_ids = _default_position_ids(length, device, attention_mask, past_key_values)
-        mask = build_attention_mask(length, device, attention_mask, document_ids, past_key_values)
-        positions = self.positions(position_ids)
+        masks = build_masks(self.config, length, device, attention_mask, document_ids, past_key_values)
+        hidden_states, positions = self.positions(embeddings, position_ids)
+        hidden_states = self.dropout(hidden_states)
+        routings: list[Routing | None] = []
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, positions=positions, attention_mask=mask, past_key_values=past_key_values
+            hidden_states, routing = layer(
+                hidden_states, positions=positions, masks=masks, past_key_values=past_key_values, counted=counted
             )
-        output = BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            routings.append(routing)
+        hidden_states = self.norm(hidden_states)
+        ahead = []
+        if counted is not None:
+            state = hidden_states
+            for module in self.multi_token_modules:
+                embeddings = nn.functional.pad(embeddings[:, 1:], (0, 0, 0, 1))  # of the next token; the last has none
+                state, routing = module(state, embeddings, positions, masks, counted)
+                ahead.append(state)
+                routings.append(routing)
+        output = MiniLLMModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            routings=tuple(routing for routing in routings if routing is not None) or None,
+            multi_token_states=tuple(ahead) or None,
+        )
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -111,7 +193,7 @@ def _default_position_ids(
     length: int, device: torch.device, attention_mask: torch.Tensor | None, past_key_values: Cache | None
 ) -> torch.Tensor:
     """[1, T] counted on from the cache, or [B, T] counted over the real tokens where a 0/1 mask says which they are."""
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     start = 0 if past_key_values is None else past_key_values.get_seq_length()
     return torch.arange(start, start + length, device=device)[None]
@@ -143,7 +225,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> MiniLLMCausalLMOutput | tuple:
         """One pass.
 
         Args:
@@ -163,26 +245,43 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             return_logits: default: everywhere but in training with targets, where only the loss is wanted and the
                 logits need not be kept. With False `logits` is None.
         """
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, document_ids, past_key_values, inputs_embeds, use_cache
-        )
-        hidden_states = outputs.last_hidden_state
         if labels is not None and shift_labels is not None:
             raise ValueError("pass either labels or shift_labels, not both")
         targets = next_token_targets(labels) if labels is not None else shift_labels
+        counted = counted_tokens(targets) if self.training and targets is not None else None
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, document_ids, past_key_values, inputs_embeds, use_cache, counted
+        )
+        hidden_states = outputs.last_hidden_state
         if return_logits is None:
             return_logits = targets is None or not self.training
         kept = logits_to_keep
         if isinstance(kept, int):
             kept = slice(-kept, None) if kept else slice(None)
-        loss = logits = None
+        loss = losses = logits = None
         if targets is not None:
             logits = self.lm_head(hidden_states)
             loss = token_loss(logits, targets, num_items_in_batch)
+            losses = {"cross_entropy": loss}
             logits = logits[:, kept] if return_logits else None
+            for depth, states in enumerate(outputs.multi_token_states or (), 1):
+                ahead = targets_ahead(targets, document_ids, depth)
+                term = token_loss(self.lm_head(states), ahead, num_items_in_batch)
+                losses[f"multi_token_{depth}"] = term
+                # DeepSeek-V3 (arXiv:2412.19437), equation 25: the mean over depths.
+                loss = loss + self.config.mtp_loss_coef / self.config.num_nextn_predict_layers * term
+            balancing, total = auxiliary_losses(self.config, outputs.routings, targets, num_items_in_batch)
+            losses |= balancing
+            loss = loss + total if balancing else loss
         elif return_logits:
             logits = self.lm_head(hidden_states[:, kept])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        output = MiniLLMCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            losses=losses,
+            expert_counts=torch.stack([r.counts for r in outputs.routings]) if outputs.routings else None,
+        )
         return output if return_dict is not False else output.to_tuple()
 
     @torch.no_grad()

@@ -14,9 +14,9 @@ class RMSNorm(nn.Module):
     Any shape [..., D] in and out, in the input's dtype.
     """
 
-    def __init__(self, config: MiniLLMConfig):
+    def __init__(self, config: MiniLLMConfig, size: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.weight = nn.Parameter(torch.ones(size))
         self.eps = config.rms_norm_eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,9 +31,9 @@ class RMSNorm(nn.Module):
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm}
 
 
-def build_norm(config: MiniLLMConfig) -> nn.Module:
-    """The normalisation of `config.norm_type` over the hidden size; ValueError with the valid names otherwise."""
+def build_norm(config: MiniLLMConfig, size: int | None = None) -> nn.Module:
+    """The normalisation of `config.norm_type` over `size` (default: the hidden size); ValueError for other names."""
     try:
-        return NORMS[config.norm_type](config)
+        return NORMS[config.norm_type](config, size or config.hidden_size)
     except KeyError:
         raise ValueError(f"norm_type is {config.norm_type!r}: valid names are {', '.join(NORMS)}") from None

@@ -1,6 +1,9 @@
-"""Positions: rotary embeddings, and the table that chooses by `position_embedding_type`.
+"""Positions: rotary, learned and sinusoidal, and the table that chooses by `position_embedding_type`.
 
-Shapes: B batch, T time, N heads, H head dim.
+The seam: a position module is called as `positions(embeddings, position_ids)` and returns the embeddings, with
+positions added where it adds them, and the rotation for the mixers (None where nothing rotates).
+
+Shapes: B batch, T time, N heads, H head dim, D hidden, R dimensions of a head that rotate.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ class RotaryEmbedding(nn.Module):
         self.head_dim = config.head_dim
         self.theta = config.rope_theta
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Cosines, then sines, [B, T, 1, H] in fp32 for position_ids [B, T]; the 1 broadcasts over heads.
+    def forward(self, embeddings: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings as they are, and the rotation of position_ids [B, T]."""
+        return embeddings, self.rotation(position_ids)
+
+    def rotation(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Cosines, then sines, [B, T, 1, R] in fp32; the 1 broadcasts over heads.
 
         They come concatenated because the compiler keeps a concatenation in memory, while it would compute loose
         cosines anew for every head of every layer.

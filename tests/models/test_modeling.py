@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMModel
 from minillm.models.mixers import build_mixer
-from minillm.models.mlp import build_mlp
+from minillm.models.feed_forward import build_mlp
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
 

@@ -52,7 +52,7 @@ def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, tolera
 
 
 def test_rmsnorm_equals_llama():
-    ours, theirs = RMSNorm(ours_and_theirs()[0]), LlamaRMSNorm(48, eps=1e-5)
+    ours, theirs = RMSNorm(ours_and_theirs()[0], 48), LlamaRMSNorm(48, eps=1e-5)
     weight = torch.randn(48)
     x = torch.randn(2, 5, 48)
     for norm in (ours, theirs):
@@ -67,7 +67,7 @@ def test_rmsnorm_equals_llama():
 
 def test_swiglu_equals_llama():
     config, llama = ours_and_theirs()
-    ours, theirs = SwiGLU(config), LlamaMLP(llama)
+    ours, theirs = SwiGLU(config, config.intermediate_size), LlamaMLP(llama)
     copy_weights(ours, theirs)
     x = torch.randn(2, 5, 48)
     torch.testing.assert_close(ours(x), theirs(x), rtol=MODULE, atol=MODULE)
@@ -84,7 +84,7 @@ def test_attention_equals_llama(key_value_heads):
     x, position_ids = torch.randn(2, 9, 48), torch.arange(3, 12)[None].expand(2, 9)
     causal = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)[None, None]
     expected, _ = theirs(x, LlamaRotaryEmbedding(llama)(x, position_ids), causal)
-    actual = ours(x, RotaryEmbedding(config)(position_ids))
+    actual = ours(x, RotaryEmbedding(config).rotation(position_ids))
     torch.testing.assert_close(actual, expected, rtol=MODULE, atol=MODULE)
     actual.square().sum().backward()
     expected.square().sum().backward()
