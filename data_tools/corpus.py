@@ -1,12 +1,18 @@
-"""Corpora as JSON lines: the built-in one from this machine's Python documentation, or a folder of one's own.
+"""Corpora as JSON lines: this machine's Python documentation, a folder or file of one's own, or tasks made from a seed.
 
     python -m data_tools.corpus python-docs --out DIR [--source]
     python -m data_tools.corpus folder SRC --out DIR [--validation-fraction 0.01]
+    python -m data_tools.corpus synthetic --out DIR [--documents N] [--seed S] [--tasks repetition,counting,...]
+
+`synthetic` is described in synthetic.py. It also writes summary.json with `entropy_floor_nats_per_token` (characters
+are the tokens, data.seq_len is 128): the loss that a model of the tasks approaches, and cannot go below on documents it
+has not seen.
 
 Contract: writes train.jsonl and validation.jsonl (`{"id", "text"}`, from a folder also `{"id", "messages"}`), for
 python-docs also instructions-train.jsonl and instructions-validation.jsonl (`{"id", "messages"}`). Which half a
-document belongs to follows from its id (python-docs) or its text (folder), not from chance. Either all files of a
-command appear, whole, or none changes.
+document belongs to follows from its id (python-docs) or its text (folder, synthetic), not from chance, so that no text
+stands in both. A folder that comes to one text has no documents to choose from: its last part, from a paragraph's or
+line's beginning on, is held out. Either all files of a command appear, whole, or none changes.
 """
 
 from __future__ import annotations
@@ -15,20 +21,33 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.instructions import build_instructions, entry_id_of
 from data_tools.python_docs import is_held_out, normalized, parse, read_entries, source_files
-from data_tools.readers import PIECE_BYTES, Document, document_texts, iterate_documents
+from data_tools.readers import (
+    PIECE_BYTES,
+    TEXT_SUFFIXES,
+    Document,
+    corpus_files,
+    document_texts,
+    iterate_documents,
+)
+from data_tools.synthetic import DOCUMENT_CHARACTERS, TASKS, Example, example_at
 from minillm.utils.errors import UserError, exit_on_user_error
-from minillm.utils.files import sync_file
+from minillm.utils.files import read_json, sync_file, write_json
 from minillm.utils.logging import say, warn
 
 PYTHON_DOCS_FILES = ("train.jsonl", "validation.jsonl", "instructions-train.jsonl", "instructions-validation.jsonl")
+HALVES = ("train.jsonl", "validation.jsonl")
+VALIDATION_FRACTION = 0.01  # of many documents
+TAIL_FRACTION = 0.1  # of a single text
 
 
 class JsonlFiles:
@@ -139,44 +158,171 @@ def _without_docstrings(text: str, tree: ast.Module, held_out: set[str]) -> str:
 
 
 def build_folder(
-    source: Path, out: Path, validation_fraction: float = 0.01, piece_bytes: int = PIECE_BYTES
+    source: Path, out: Path, validation_fraction: float | None = None, piece_bytes: int | None = None
 ) -> JsonlFiles:
     """Write the documents of a file or folder into `out`, split by a hash of the text.
 
     Equal texts fall into the same half, whatever their names. Where a small corpus leaves the validation half empty,
-    the document with the lowest hash goes there (the corpus is then read twice).
+    the document with the lowest hash goes there (the corpus is then read twice). A single text file, or a single
+    document, is split by place instead: its end is held out.
 
     Args:
-        piece_bytes: a text file longer than this becomes several documents, cut at line ends.
+        validation_fraction: of the documents (None: 0.01), or of a single text's bytes (None: 0.1); 0 holds out
+            nothing.
+        piece_bytes: a text file longer than this becomes several documents, cut at line ends. None is PIECE_BYTES;
+            given, the pieces of a single file are split by hash like other documents.
 
     Raises:
         UserError: a fraction outside [0, 1), an empty corpus, a half without a document, unreadable content.
     """
-    if not 0 <= validation_fraction < 1:
+    if validation_fraction is not None and not 0 <= validation_fraction < 1:
         raise UserError(f"--validation-fraction is {validation_fraction}: it must be at least 0 and below 1")
-    if piece_bytes < 1:
+    if piece_bytes is not None and piece_bytes < 1:
         raise UserError(f"--piece-bytes is {piece_bytes}: it must be positive")
-    names = ["train.jsonl", "validation.jsonl"] if validation_fraction else ["train.jsonl"]
+    tail_fraction = TAIL_FRACTION if validation_fraction is None else validation_fraction
+    validation_fraction = VALIDATION_FRACTION if validation_fraction is None else validation_fraction
+    names = HALVES if validation_fraction else HALVES[:1]
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} lies inside {source} and would be read as a part of it: name another folder")
+    single = _single_text_file(source) if piece_bytes is None and validation_fraction else None
+    piece_bytes = piece_bytes or PIECE_BYTES
     with JsonlFiles(out, names) as files:
+        if single is not None:
+            num_bytes = int(single.stat().st_size * (1 - tail_fraction))
+            _add_head_and_tail(files, iterate_documents(source, piece_bytes), num_bytes)
+            return _checked(files, tail_fraction)
         lowest = 1.0
         for document in iterate_documents(source, piece_bytes):
             place = _unit_hash(document_texts(document))
             lowest = min(lowest, place)
             files.add(names[place < validation_fraction], document)
         if 0 in files.num_documents.values() and lowest >= validation_fraction:
+            num_documents, num_bytes = sum(files.num_documents.values()), sum(files.num_bytes.values())
             files.clear()
-            for document in iterate_documents(source, piece_bytes):
-                files.add(names[_unit_hash(document_texts(document)) <= lowest], document)
-        for name in names:
-            if not files.num_documents[name]:
-                raise UserError(
-                    f"{name} would be empty: the corpus has {sum(files.num_documents.values())} documents and "
-                    f"--validation-fraction is {validation_fraction}. Cut long files with --piece-bytes 65536, choose "
-                    "another fraction, or 0 for no validation file"
+            if num_documents == 1:
+                _add_head_and_tail(
+                    files, iterate_documents(source, piece_bytes), int(num_bytes * (1 - tail_fraction))
                 )
+            else:
+                for document in iterate_documents(source, piece_bytes):
+                    files.add(names[_unit_hash(document_texts(document)) <= lowest], document)
+        return _checked(files, validation_fraction)
+
+
+def _checked(files: JsonlFiles, validation_fraction: float) -> JsonlFiles:
+    for name in files.names:
+        if not files.num_documents[name]:
+            raise UserError(
+                f"{name} would be empty: the corpus has {sum(files.num_documents.values())} documents and "
+                f"--validation-fraction is {validation_fraction}. Cut long files with --piece-bytes 65536, choose "
+                "another fraction, or 0 for no validation file"
+            )
     return files
+
+
+def _single_text_file(source: Path) -> Path | None:
+    """The one file of a corpus that is a single text file."""
+    files = list(itertools.islice((file for file, _ in corpus_files([source])), 2))
+    return files[0] if len(files) == 1 and files[0].suffix in TEXT_SUFFIXES else None
+
+
+def _add_head_and_tail(files: JsonlFiles, documents: Iterable[Document], head_bytes: int) -> None:
+    """Texts up to about `head_bytes` go to train, the rest, from the nearest border before that on, to validation."""
+    train, validation = files.names
+    for document in documents:
+        if "messages" in document:
+            files.add(train, document)
+            continue
+        text = str(document["text"])
+        cut = _border_before(text, head_bytes)
+        for name, part, suffix in ((train, text[:cut], ""), (validation, text[cut:], "#end" if cut else "")):
+            if part.strip():
+                files.add(name, {"id": f"{document['id']}{suffix}", "text": part})
+        head_bytes = 0 if cut < len(text) else head_bytes - len(text.encode())
+
+
+def _border_before(text: str, num_bytes: int) -> int:
+    """A paragraph's beginning at or shortly before `num_bytes` of UTF-8, else a line's, as a place in `text`."""
+    encoded = text.encode()
+    if num_bytes >= len(encoded):
+        return len(text)
+    place = len(encoded[: max(0, num_bytes)].decode(errors="ignore"))
+    near = max(0, place - 2000)
+    for border in ("\n\n", "\n"):
+        found = text.rfind(border, near, place)
+        if found >= 0:
+            return found + len(border)
+    return place
+
+
+def build_synthetic(
+    out: Path, num_documents: int = 20_000, seed: int = 0, tasks: Sequence[str] = tuple(TASKS),
+    validation_fraction: float = 0.05,
+) -> JsonlFiles:
+    """Write documents of `tasks` and summary.json into `out`.
+
+    A text belongs to one half by its hash, so that no validation text was trained on, however often it is drawn.
+
+    Raises:
+        UserError: an unknown task, a fraction outside (0, 1), too few documents for both halves.
+    """
+    if unknown := [task for task in tasks if task not in TASKS] or not tasks:
+        raise UserError(f"--tasks names {unknown or 'none'}: valid are {','.join(TASKS)}")
+    if len(set(tasks)) < len(tasks):
+        raise UserError(f"--tasks names a task twice: {','.join(tasks)}")
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"--validation-fraction is {validation_fraction}: it must be above 0 and below 1")
+    floors = {name: {task: Floor() for task in tasks} for name in HALVES}
+    with JsonlFiles(out, HALVES) as files:
+        for number in range(num_documents):
+            example = example_at(seed, number, tasks)
+            name = HALVES[_unit_hash([example.text]) < validation_fraction]
+            files.add(name, {"id": f"{example.task}/{number}", "text": example.text})
+            floors[name][example.task].add(example)
+        for name in HALVES:
+            if not files.num_documents[name]:
+                raise UserError(f"{name} would be empty: raise --documents ({num_documents})")
+        summary = {
+            "seed": seed,
+            "tasks": list(tasks),
+            "document_characters": DOCUMENT_CHARACTERS,
+            **{
+                name.removesuffix(".jsonl"): {
+                    **sum(of_tasks.values(), Floor()).summary(),
+                    "by_task": {task: floor.summary() for task, floor in of_tasks.items()},
+                }
+                for name, of_tasks in floors.items()
+            },
+        }
+    summary["entropy_floor_nats_per_token"] = summary["train"]["entropy_floor_nats_per_token"]
+    write_json(out / "summary.json", summary)
+    return files
+
+
+@dataclass
+class Floor:
+    """Entropy and targets of documents: with characters for tokens, all characters but the first, and the end."""
+
+    num_documents: int = 0
+    num_targets: int = 0
+    nats: float = 0.0
+
+    def add(self, example: Example) -> None:
+        self.num_documents += 1
+        self.num_targets += len(example.text)
+        self.nats += example.nats
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(
+            self.num_documents + other.num_documents, self.num_targets + other.num_targets, self.nats + other.nats
+        )
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "num_documents": self.num_documents,
+            "num_target_tokens": self.num_targets,
+            "entropy_floor_nats_per_token": round(self.nats / max(1, self.num_targets), 5),
+        }
 
 
 def _unit_hash(texts: Iterable[str]) -> float:
@@ -194,14 +340,29 @@ def main() -> None:
     folder = commands.add_parser("folder", help="a folder of .txt, .md and .jsonl (text or messages) files")
     folder.add_argument("source", type=Path, metavar="SRC", help="folder, or one file")
     folder.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two .jsonl files")
-    folder.add_argument("--validation-fraction", type=float, default=0.01, metavar="F",
-                        help="share of the documents held out (default 0.01)")  # fmt: skip
-    folder.add_argument("--piece-bytes", type=int, default=PIECE_BYTES, metavar="N",
+    folder.add_argument("--validation-fraction", type=float, metavar="F",
+                        help=f"share held out (default {VALIDATION_FRACTION} of the documents, or the last "
+                        f"{TAIL_FRACTION} of a single text file)")  # fmt: skip
+    folder.add_argument("--piece-bytes", type=int, metavar="N",
                         help=f"cut longer text files at line ends (default {PIECE_BYTES})")  # fmt: skip
+    synthetic = commands.add_parser("synthetic", help="tasks made from a seed, whose lowest loss is known")
+    synthetic.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+    synthetic.add_argument("--documents", type=int, default=20_000, metavar="N", help="of 127 characters (20000)")
+    synthetic.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other documents (0)")
+    synthetic.add_argument("--tasks", default=",".join(TASKS), metavar="A,B", help=f"default: {','.join(TASKS)}")
+    synthetic.add_argument("--validation-fraction", type=float, default=0.05, metavar="F",
+                           help="share of the documents held out (default 0.05)")  # fmt: skip
     arguments = parser.parse_args()
     with exit_on_user_error():
         if arguments.command == "python-docs":
             files = build_python_docs(arguments.out, arguments.source)
+        elif arguments.command == "synthetic":
+            tasks = [task for task in arguments.tasks.split(",") if task]
+            files = build_synthetic(
+                arguments.out, arguments.documents, arguments.seed, tasks, arguments.validation_fraction
+            )
+            floor = read_json(arguments.out / "summary.json")["entropy_floor_nats_per_token"]
+            say(f"{arguments.out / 'summary.json'}: the lowest loss is {floor} nats a character")
         else:
             files = build_folder(arguments.source, arguments.out, arguments.validation_fraction, arguments.piece_bytes)
         files.report(arguments.out)

@@ -1,11 +1,16 @@
-"""Train a tokenizer on a corpus, or see what a tokenizer does to text.
+"""Train a tokenizer on a corpus, take one of others, or see what a tokenizer does to text.
 
     python -m data_tools.tokenizer train --corpus PATH... --out DIR --vocab-size 4096 [--kind bpe|char]
+    python -m data_tools.tokenizer import SOURCE --out DIR [--chat]
     python -m data_tools.tokenizer inspect TOKENIZER TEXTFILE...
 
-Contract: `train` writes a folder that `AutoTokenizer.from_pretrained` loads; it appears whole or not at all, and one
-that is there already is never written over. `inspect` prints vocabulary size and fingerprint, and for each text its
-compression and how its first lines are cut into tokens.
+SOURCE and TOKENIZER are a tokenizer or model folder, a folder with GPT-2's encoder.json and vocab.bpe, tiktoken:NAME
+(gpt2, cl100k_base, o200k_base, ...), or tiktoken:NAME:FILE for a .tiktoken file on disk.
+
+Contract: `train` and `import` write a folder that `AutoTokenizer.from_pretrained` loads; it appears whole or not at
+all, and one that is there already is never written over. `import` keeps every id and appends what is missing: a token
+that ends documents, with --chat also <|im_start|>, <|im_end|> and the ChatML template. `inspect` prints vocabulary
+size and fingerprint, and for each text its compression and how its first lines are cut into tokens.
 """
 
 from __future__ import annotations
@@ -15,20 +20,21 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.readers import document_texts, iterate_documents, read_text_pieces
+from minillm.data.foreign_tokenizer import complete_tokenizer, open_tokenizer
 from minillm.data.tokenizer import (
     SPECIAL_TOKENS,
     build_char_tokenizer,
     encode_texts,
     fingerprint,
-    load_tokenizer,
     save_tokenizer,
     token_byte_lengths,
     train_bpe_tokenizer,
+    vocabulary_size,
 )
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 
 SAMPLE_LINES = 3
 SAMPLE_TOKENS = 40
+SOURCE_HELP = "tokenizer or model folder, GPT-2 vocabulary folder, tiktoken:NAME, or tiktoken:NAME:FILE"
 
 
 def build_tokenizer(corpus: Sequence[Path], out: Path, vocab_size: int, kind: str = "bpe") -> None:
@@ -47,11 +54,7 @@ def build_tokenizer(corpus: Sequence[Path], out: Path, vocab_size: int, kind: st
     Raises:
         UserError: `out` exists and is not an empty folder, a vocabulary below 261, or a corpus that cannot be read.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{out} is there already and is not written over: remove it (token shards made with it go with it), "
-            "or name another --out"
-        )
+    _check_new(out)
     started = time.perf_counter()
     texts = _Texts(corpus)
     if kind == "char":
@@ -60,6 +63,43 @@ def build_tokenizer(corpus: Sequence[Path], out: Path, vocab_size: int, kind: st
         tokenizer = train_bpe_tokenizer(texts, vocab_size, show_progress=sys.stderr.isatty())
     if kind == "bpe" and len(tokenizer) < vocab_size:
         warn(f"the corpus is small: only {len(tokenizer)} tokens occur in it at least twice, not {vocab_size}")
+    _publish(tokenizer, out)
+    seconds = time.perf_counter() - started
+    say(
+        f"{out}: {kind} tokenizer, {len(tokenizer):,} tokens, fingerprint {fingerprint(tokenizer)}, "
+        f"from {texts.num_bytes / 1e6:.2f} MB of text in {seconds:.1f} s"
+    )
+
+
+def import_tokenizer(source: Path | str, out: Path, chat: bool = False) -> None:
+    """Write someone else's tokenizer to the new folder `out`, with the tokens appended that it lacks.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder, or a source that cannot be read, or one whose tokens do not
+            spell bytes (WordPiece, ...), with which neither text nor bits per byte would be kept.
+    """
+    _check_new(out)
+    tokenizer = open_tokenizer(source)
+    token_byte_lengths(tokenizer)
+    new = complete_tokenizer(tokenizer, chat)
+    _publish(tokenizer, out)
+    ids = tokenizer.get_vocab()
+    added = "appended " + ", ".join(f"{token} {ids[token]}" for token in new) if new else "nothing appended"
+    say(
+        f"{out}: {vocabulary_size(tokenizer):,} tokens, fingerprint {fingerprint(tokenizer)}, documents end with "
+        f"{tokenizer.eos_token}; {added}"
+    )
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{out} is there already and is not written over: remove it (token shards made with it go with it), "
+            "or name another --out"
+        )
+
+
+def _publish(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -68,11 +108,6 @@ def build_tokenizer(corpus: Sequence[Path], out: Path, vocab_size: int, kind: st
         publish_directory(temporary, out)  # a rename takes the place of an empty folder
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    seconds = time.perf_counter() - started
-    say(
-        f"{out}: {kind} tokenizer, {len(tokenizer):,} tokens, fingerprint {fingerprint(tokenizer)}, "
-        f"from {texts.num_bytes / 1e6:.2f} MB of text in {seconds:.1f} s"
-    )
 
 
 class _Texts:
@@ -88,21 +123,24 @@ class _Texts:
                 yield text
 
 
-def inspect_tokenizer(folder: Path, files: Sequence[Path]) -> None:
+def inspect_tokenizer(folder: Path | str, files: Sequence[Path]) -> None:
     """Print size, fingerprint and special tokens, then compression and sample splits of each file."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     print(f"tokenizer     {folder}")
-    print(f"vocabulary    {len(tokenizer):,} tokens")
+    print(f"vocabulary    {vocabulary_size(tokenizer):,} tokens")
     print(f"fingerprint   {fingerprint(tokenizer)}")
     names = tokenizer.get_vocab()
     special = [f"{token} {names[token]}" for token in SPECIAL_TOKENS if token in names]
     print(f"special       {', '.join(special) or 'none of ' + ' '.join(SPECIAL_TOKENS)}")
+    end = f"{tokenizer.eos_token} {tokenizer.eos_token_id}" if tokenizer.eos_token else "none (import appends one)"
+    print(f"end of text   {end}")
+    print(f"chat template {'yes' if tokenizer.chat_template else 'no (import --chat adds ChatML)'}")
     lengths = token_byte_lengths(tokenizer)
     for file in files:
         _print_file(tokenizer, lengths, file)
 
 
-def _print_file(tokenizer: PreTrainedTokenizerFast, lengths: Sequence[int], file: Path) -> None:
+def _print_file(tokenizer: PreTrainedTokenizerFast, lengths: Sized, file: Path) -> None:
     num_bytes = num_characters = num_tokens = 0
     used: set[int] = set()
     sample: list[str] = []
@@ -120,7 +158,7 @@ def _print_file(tokenizer: PreTrainedTokenizerFast, lengths: Sequence[int], file
     print(f"\n{file}")
     print(f"  {num_bytes:,} bytes, {num_characters:,} characters, {num_tokens:,} tokens")
     print(f"  {num_bytes / num_tokens:.3f} bytes a token, {num_characters / num_tokens:.3f} characters a token")
-    print(f"  {len(used):,} different tokens, {len(used) / len(tokenizer):.1%} of the vocabulary")
+    print(f"  {len(used):,} different tokens, {len(used) / len(lengths):.1%} of the vocabulary")
     for line in sample:
         print(f"  {split_text(tokenizer, line)}")
 
@@ -160,7 +198,9 @@ def _bytes_of_token(tokenizer: PreTrainedTokenizerFast, index: int) -> bytes:
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.tokenizer", description="Train and inspect tokenizers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.tokenizer", description="Train, import and inspect tokenizers."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a tokenizer on a corpus")
     train.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
@@ -169,13 +209,19 @@ def main() -> None:
     train.add_argument("--vocab-size", type=int, default=4096, metavar="N",
                        help="tokens at most, special tokens and the 256 bytes included (default 4096)")  # fmt: skip
     train.add_argument("--kind", choices=("bpe", "char"), default="bpe", help="byte-level BPE (default) or characters")
+    bring = commands.add_parser("import", help="take a tokenizer of others, with what it lacks appended")
+    bring.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    bring.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the tokenizer")
+    bring.add_argument("--chat", action="store_true", help="append the chat markers and set the ChatML template")
     inspect = commands.add_parser("inspect", help="print compression and sample splits")
-    inspect.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="tokenizer or model folder")
+    inspect.add_argument("tokenizer", metavar="TOKENIZER", help=SOURCE_HELP)
     inspect.add_argument("files", type=Path, nargs="+", metavar="TEXTFILE", help="text files (UTF-8) or .jsonl corpora")
     arguments = parser.parse_args()
     with exit_on_user_error():
         if arguments.command == "train":
             build_tokenizer(arguments.corpus, arguments.out, arguments.vocab_size, arguments.kind)
+        elif arguments.command == "import":
+            import_tokenizer(arguments.source, arguments.out, arguments.chat)
         else:
             inspect_tokenizer(arguments.tokenizer, arguments.files)
 

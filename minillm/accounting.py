@@ -1,69 +1,205 @@
 """Parameters, floating-point operations and cache bytes predicted from a config, before anything is allocated.
 
-Contract: stdlib only. `fields` is a mapping with the architecture fields of minillm.presets (an entry of PRESETS, or
-one with overrides). The predictions equal what a built model counts, which tests assert for every preset.
+Contract: stdlib only. `fields` is a mapping with the architecture fields (an entry of PRESETS, one with overrides, or
+MiniLLMConfig.fields()). The predictions equal what a built model counts, which tests assert for every preset.
+`describe_layers` gives the same parameters layer by layer and part by part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from minillm.architecture import layer_types, mlp_layer_types
+
 Fields = Mapping[str, object]
+Parts = dict[str, int]
 
 
-def _gqa_parameters(fields: Fields) -> int:
-    """q, k, v and o projections without biases."""
-    query_width = fields["num_attention_heads"] * fields["head_dim"]
-    key_value_width = fields["num_key_value_heads"] * fields["head_dim"]
-    return fields["hidden_size"] * (2 * query_width + 2 * key_value_width)
+def _norm(fields: Fields, size: int) -> int:
+    """A scale, and for LayerNorm a shift."""
+    return size * (2 if fields["norm_type"] == "layernorm" else 1)
 
 
-def _swiglu_parameters(fields: Fields) -> int:
-    """gate, up and down projections without biases."""
-    return 3 * fields["hidden_size"] * fields["intermediate_size"]
+def _gqa(fields: Fields) -> Parts:
+    hidden, head = fields["hidden_size"], fields["head_dim"]
+    query, key_value = fields["num_attention_heads"] * head, fields["num_key_value_heads"] * head
+    query_out = query * (2 if fields["attention_output_gate"] else 1)
+    bias = 1 if fields["attention_bias"] else 0
+    return {
+        "q_proj": hidden * query_out + bias * query_out,
+        "k_proj": hidden * key_value + bias * key_value,
+        "v_proj": hidden * key_value + bias * key_value,
+        "o_proj": query * hidden + bias * hidden,
+        **({"q_norm": _norm(fields, head), "k_norm": _norm(fields, head)} if fields["qk_norm"] else {}),
+    }
 
 
-MIXER_PARAMETERS: dict[str, Callable[[Fields], int]] = {"gqa": _gqa_parameters}
-MLP_PARAMETERS: dict[str, Callable[[Fields], int]] = {"swiglu": _swiglu_parameters}
+def _mla(fields: Fields) -> Parts:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    query = heads * (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"])
+    rank, query_rank = fields["kv_lora_rank"], fields["q_lora_rank"]
+    if query_rank is None:
+        parts = {"q_proj": hidden * query}
+    else:
+        parts = {
+            "q_a_proj": hidden * query_rank,
+            "q_a_layernorm": _norm(fields, query_rank),
+            "q_b_proj": query_rank * query,
+        }
+    return {
+        **parts,
+        "kv_a_proj_with_mqa": hidden * (rank + fields["qk_rope_head_dim"]),
+        "kv_a_layernorm": _norm(fields, rank),
+        "kv_b_proj": rank * heads * (fields["qk_nope_head_dim"] + fields["v_head_dim"]),
+        "o_proj": heads * fields["v_head_dim"] * hidden,
+    }
+
+
+def _gated_deltanet(fields: Fields) -> Parts:
+    hidden, value_heads = fields["hidden_size"], fields["linear_num_value_heads"]
+    key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
+    value = value_heads * fields["linear_value_head_dim"]
+    return {
+        "q, k, v": hidden * (2 * key + value),
+        "z (gate)": hidden * value,
+        "a, b (decay, step)": 2 * hidden * value_heads,
+        "convolution": (2 * key + value) * fields["linear_conv_kernel_dim"],
+        "A_log, dt_bias": 2 * value_heads,
+        "norm": fields["linear_value_head_dim"],
+        "o_proj": value * hidden,
+    }
+
+
+def _mixer(fields: Fields, layer_type: str) -> Parts:
+    return _gated_deltanet(fields) if layer_type == "linear_attention" else ATTENTION_PARAMETERS[
+        fields["attention_type"]
+    ](fields)  # fmt: skip
+
+
+def _dense(fields: Fields, intermediate_size: int) -> int:
+    hidden = fields["hidden_size"]
+    if fields["mlp_type"] == "swiglu":
+        return 3 * hidden * intermediate_size
+    return 2 * hidden * intermediate_size + (hidden + intermediate_size if fields["mlp_bias"] else 0)
+
+
+ATTENTION_PARAMETERS: dict[str, Callable[[Fields], Parts]] = {"gqa": _gqa, "mla": _mla}
+
+
+def _feed_forward(fields: Fields, kind: str) -> tuple[Parts, int]:
+    """The parts of a block, and how many of its parameters a token does not use."""
+    if kind == "dense":
+        return {"mlp": _dense(fields, fields["intermediate_size"])}, 0
+    hidden, experts = fields["hidden_size"], fields["num_experts"]
+    expert = _dense(fields, fields["moe_intermediate_size"])
+    noisy = fields["router_type"] == "noisy_topk"
+    parts = {"gate": 2 * (hidden * experts + experts) if noisy else hidden * experts, "experts": experts * expert}
+    if fields["shared_expert_intermediate_size"]:
+        parts["shared_expert"] = _dense(fields, fields["shared_expert_intermediate_size"])
+        if fields["shared_expert_gate"]:
+            parts["shared_expert_gate"] = hidden
+    return parts, (experts - fields["num_experts_per_tok"]) * expert
+
+
+def describe_layers(fields: Fields) -> list[dict[str, object]]:
+    """One entry a layer: `mixer` and `mlp` (their kinds), `parts` (name -> parameters), `total`, `active`."""
+    layers = []
+    for mixer, mlp in zip(layer_types(fields), mlp_layer_types(fields), strict=True):
+        block, idle = _feed_forward(fields, mlp)
+        parts = {"norms": 2 * _norm(fields, fields["hidden_size"]), **_mixer(fields, mixer), **block}
+        total = sum(parts.values())
+        layers.append({"mixer": mixer, "mlp": mlp, "parts": parts, "total": total, "active": total - idle})
+    return layers
+
+
+def _multi_token(fields: Fields) -> tuple[int, int]:
+    """Parameters of one multi-token module, and those a token uses: like the last layer, a projection, three norms."""
+    last, hidden = describe_layers(fields)[-1], fields["hidden_size"]
+    extra = 2 * hidden * hidden + 3 * _norm(fields, hidden)
+    return last["total"] + extra, last["active"] + extra
 
 
 def num_parameters(fields: Fields) -> dict[str, int]:
     """Count parameters.
 
     Returns:
-        `total`: distinct parameters, a tied embedding once. `embedding`: the input embedding, plus the output matrix
-        when untied. `non_embedding`: total - embedding. `active`: parameters one token passes through in a layer's
-        forward (equal to total where no layer is sparse). `matmul`: the N of 6 N, every active parameter but an
-        untied input embedding, which is a look-up and no product.
+        `total`: distinct parameters, a tied embedding once. `embedding`: the input embedding, learned positions, and
+        the output matrix when untied. `non_embedding`: total - embedding. `multi_token`: of the modules that predict
+        further ahead, which only training uses (part of total). `active`: parameters one generated token uses: the
+        experts it goes to, no multi-token module. `matmul`: the N of 6 N in training: every parameter one token uses
+        but look-ups (an untied input embedding, positions), with one more output product for each multi-token module.
     """
-    layers = fields["num_hidden_layers"]
-    mixer = MIXER_PARAMETERS[fields["attention_type"]](fields)
-    mlp = MLP_PARAMETERS[fields["mlp_type"]](fields)
-    norms = (2 * layers + 1) * fields["hidden_size"]
-    non_embedding = layers * (mixer + mlp) + norms
-    table = fields["vocab_size"] * fields["hidden_size"]
-    embedding = table if fields["tie_word_embeddings"] else 2 * table
+    layers, hidden = describe_layers(fields), fields["hidden_size"]
+    table = fields["vocab_size"] * hidden
+    positions = fields["max_position_embeddings"] * hidden if fields["position_embedding_type"] == "learned" else 0
+    modules = fields["num_nextn_predict_layers"]
+    module, module_active = _multi_token(fields) if modules else (0, 0)
+    embedding = (table if fields["tie_word_embeddings"] else 2 * table) + positions
+    last_norm = _norm(fields, hidden)
+    active = sum(layer["active"] for layer in layers) + last_norm
+    non_embedding = sum(layer["total"] for layer in layers) + last_norm + modules * module
     return {
         "total": non_embedding + embedding,
-        "active": non_embedding + embedding,
+        "active": active + embedding,
         "non_embedding": non_embedding,
         "embedding": embedding,
-        "matmul": non_embedding + table,
+        "multi_token": modules * module,
+        "matmul": active + table + modules * (module_active + table),
     }
 
 
 def flops_per_token(fields: Fields, seq_len: int) -> int:
-    """Floating-point operations a trained token costs, forward and backward: 6 N + 6 L D T.
+    """Floating-point operations a trained token costs, forward and backward: 6 N + the sequence mixing.
 
-    6 N: two operations a parameter forward, four backward. 6 L D T: the two attention products (12 L D T), halved
-    because a causal query sees half of the sequence on average; D is the width of attention, heads x head_dim, and T
-    the sequence length (PaLM, appendix B, arXiv:2204.02311, with the causal half). Recomputation is not counted.
+    6 N: two operations a parameter forward, four backward. Full attention: 6 L D T, the two attention products
+    (12 L D T) halved because a causal query sees half of the sequence on average; D is the width of attention, heads
+    x head_dim (the mean of the query's and the value's for MLA), and T the sequence length (PaLM, appendix B,
+    arXiv:2204.02311, with the causal half). A sliding window W < T shows W - W^2 / 2T tokens instead of T / 2. Gated
+    DeltaNet: three products of a value head's d_k x d_v state a token (decay aside), 18 d_k d_v. Recomputation is
+    not counted.
     """
-    width = fields["num_attention_heads"] * fields["head_dim"]
-    return 6 * num_parameters(fields)["matmul"] + 6 * fields["num_hidden_layers"] * width * seq_len
+    heads = fields["num_attention_heads"]
+    if fields["attention_type"] == "mla":
+        width = heads * (fields["head_dim"] + fields["v_head_dim"]) / 2
+    else:
+        width = heads * fields["head_dim"]
+    window = min(fields["sliding_window"] or seq_len, seq_len)
+    mixing = {"full_attention": 6 * width * seq_len}
+    mixing["sliding_attention"] = 12 * width * (window - window**2 / (2 * seq_len))
+    if fields["linear_num_value_heads"]:
+        state = fields["linear_key_head_dim"] * fields["linear_value_head_dim"]
+        mixing["linear_attention"] = 18 * fields["linear_num_value_heads"] * state
+    kinds = layer_types(fields)
+    kinds += [kinds[-1]] * fields["num_nextn_predict_layers"]
+    return 6 * num_parameters(fields)["matmul"] + round(sum(mixing[kind] for kind in kinds))
+
+
+def cache_bytes(fields: Fields, num_tokens: int, bytes_per_element: int = 2) -> int:
+    """Bytes the cache of one sequence of `num_tokens` holds over all layers (2 bytes an element: bf16).
+
+    Full attention holds keys and values of every token, MLA its latent and the shared rotary key, a sliding window the
+    last W - 1 tokens, gated DeltaNet a convolution's inputs and an fp32 state, however long the sequence.
+    """
+    total = 0
+    for kind in layer_types(fields):
+        if kind == "linear_attention":
+            total += _state_bytes(fields, bytes_per_element)
+            continue
+        width = 2 * fields["num_key_value_heads"] * fields["head_dim"]
+        if fields["attention_type"] == "mla":
+            width = fields["kv_lora_rank"] + fields["qk_rope_head_dim"]
+        held = num_tokens if kind == "full_attention" else min(num_tokens, fields["sliding_window"] - 1)
+        total += held * width * bytes_per_element
+    return total
+
+
+def _state_bytes(fields: Fields, bytes_per_element: int) -> int:
+    key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
+    value = fields["linear_num_value_heads"] * fields["linear_value_head_dim"]
+    convolution = (2 * key + value) * fields["linear_conv_kernel_dim"] * bytes_per_element
+    return convolution + 4 * value * fields["linear_key_head_dim"]
 
 
 def cache_bytes_per_token(fields: Fields, bytes_per_element: int = 2) -> int:
-    """Bytes the key/value cache holds for each token of one sequence, over all layers (2 bytes an element: bf16)."""
-    width = fields["num_key_value_heads"] * fields["head_dim"]
-    return 2 * fields["num_hidden_layers"] * width * bytes_per_element
+    """Bytes each further token adds to the cache while it fits every sliding window."""
+    return cache_bytes(fields, 1, bytes_per_element) - cache_bytes(fields, 0, bytes_per_element)

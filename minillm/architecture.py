@@ -191,6 +191,11 @@ def _rope_scaling(scaling: object) -> list[str]:
             problems.append(f"rope_scaling: {name} is {value!r}: it must be a number above 0")
     if not problems and scaling["factor"] < 1:
         problems.append(f"rope_scaling: factor is {scaling['factor']}: it stretches the context, so it is 1 or more")
+    if not problems and kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        problems.append(
+            f"rope_scaling: low_freq_factor is {scaling['low_freq_factor']}: it must be below high_freq_factor "
+            f"({scaling['high_freq_factor']})"
+        )
     return problems
 
 
@@ -235,11 +240,13 @@ def _shapes(fields: Fields) -> list[str]:
     if fields["position_embedding_type"] != "rope":
         if fields["rope_scaling"] is not None or fields["partial_rotary_factor"] != 1.0:
             problems.append("rope_scaling, partial_rotary_factor: only position_embedding_type rope reads them")
-    elif not problems and (rotary_dim(fields) % 2 or not rotary_dim(fields)):
+    elif rotary_dim(fields) is not None and (rotary_dim(fields) % 2 or not rotary_dim(fields)):
         problems.append(
             f"head_dim is {fields['head_dim']}, of which {rotary_dim(fields)} dimensions rotate: rotary positions turn "
             f"pairs, so that number must be even and above 0"
         )
+    elif rotary_dim(fields) == 2 and (fields["rope_scaling"] or {}).get("rope_type") == "dynamic":
+        problems.append("rope_scaling: dynamic needs more than 2 rotating dimensions, its exponent is R / (R - 2)")
     if "linear_attention" in kinds:
         problems += _linear(fields)
     elif extra := [name for name in LINEAR_FIELDS if fields[name] is not None]:

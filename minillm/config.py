@@ -19,6 +19,8 @@ from minillm.presets import PRESETS
 from minillm.utils.errors import UserError
 
 AUTO_MICRO_BATCH = 8
+# What may differ from the weights a run starts with: the way positions are turned, which has no parameters.
+CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling")
 RUN_NAME = r"^\w[\w.\-]*$"
 
 
@@ -61,10 +63,15 @@ Sources = str | Annotated[list[DataSource], Field(min_length=1)] | None
 class DataSection(Section):
     train: Sources = Field(None, description="null (the built-in corpus), a path, glob, braces or URL, or a list")
     validation: Sources = Field(None, description="as data.train")
-    tokenizer: str | None = Field(None, description="a tokenizer folder (null: the built-in corpus's, or init_from's)")
+    tokenizer: str | None = Field(
+        None, description="a tokenizer folder or tiktoken:NAME (null: the built-in corpus's, or init_from's)"
+    )
     seq_len: int = Field(512, ge=2, description="tokens of one sequence")
     packing: Literal["concat", "none"] | None = Field(
         None, description="concat: documents joined and cut every seq_len; none: one a row (null: by stage)"
+    )
+    stride: int | None = Field(
+        None, ge=1, description="tokens between the windows of concat; below seq_len they overlap (null: seq_len)"
     )
     cache_dir: str | None = Field(None, description="where compiled and downloaded shards go (null: data/cache)")
     max_bad_samples: int = Field(0, ge=0, description="unreadable samples to skip before the run stops")
@@ -268,6 +275,13 @@ def check_run_config(run: RunConfig) -> list[str]:
         problems.append("data.validation: given without data.train; give both, or neither for the built-in corpus")
     if run.data.train is not None and run.data.tokenizer is None and run.model.init_from is None:
         problems.append("data.tokenizer: needed with data.train; make one with `python -m data_tools.tokenizer train`")
+    if run.data.stride is not None and run.packing != "concat":
+        problems.append(f"data.stride = {run.data.stride}: only data.packing=concat has windows; leave it out")
+    elif run.data.stride is not None and run.data.stride > run.data.seq_len:
+        problems.append(
+            f"data.stride = {run.data.stride}: above data.seq_len = {run.data.seq_len} tokens would be left out; "
+            f"choose 1 to {run.data.seq_len}"
+        )
     if run.samples.every and not run.samples.prompts:
         problems.append("samples.every: there is nothing to sample from; give samples.prompts, or samples.every=0")
     return problems + check_model(run)
@@ -284,8 +298,11 @@ def check_model(run: RunConfig) -> list[str]:
             names = [*ModelSection.model_fields, *fields]
             problems.append(f"model.{name}: unknown architecture field{nearest(name, names)}")
             continue
-        if section.init_from is not None:
-            problems.append(f"model.{name} = {value!r}: the model comes from model.init_from; its shape cannot change")
+        if section.init_from is not None and name not in CONTEXT_FIELDS:
+            problems.append(
+                f"model.{name} = {value!r}: the model comes from model.init_from; its shape cannot change (only "
+                f"{', '.join(CONTEXT_FIELDS)} can, to lengthen the context)"
+            )
         try:
             fields[name] = section.model_extra[name] = convert(value, fields[name])
         except ValueError as error:
@@ -297,11 +314,16 @@ def check_model(run: RunConfig) -> list[str]:
             f"data.seq_len = {run.data.seq_len}: the model has {fields['max_position_embeddings']} positions; "
             f"lower it, or raise model.max_position_embeddings"
         )
-    is_dense = "sparse" not in (fields["mlp_layer_types"] or [])
+    is_dense = "sparse" not in (fields["mlp_layer_types"] or []) and section.init_from is None
     if is_dense and (section.moe_backend in ("deepspeed", "autoep") or section.expert_parallel_size > 1):
         problems.append(
             f"model.moe_backend = {section.moe_backend}, model.expert_parallel_size = {section.expert_parallel_size}: "
             f"{section.preset} has no experts; leave them at auto and 1"
+        )
+    elif section.moe_backend in ("deepspeed", "autoep") or section.expert_parallel_size > 1:
+        problems.append(
+            f"model.moe_backend = {section.moe_backend}, model.expert_parallel_size = {section.expert_parallel_size}: "
+            f"experts run in plain torch with all of them on every rank; leave them at auto and 1"
         )
     return problems
 

@@ -1,9 +1,10 @@
 """Write a trained model as a folder for others: `python -m minillm.export RUN OUT`.
 
-Contract: `hf` (the default) is a native LlamaForCausalLM that transformers, and whatever reads Llama folders, loads
-without minillm; `minillm` keeps our own class. Both carry the tokenizer, a generation config whose end tokens fit a
-chat, and a record of where they came from. OUT appears whole or not at all. fp32, the default, loses nothing; bf16 is
-half as large.
+Contract: `hf` (the default) loads in transformers without minillm: as the native class that computes the same (Llama,
+Mistral, Qwen3, Mixtral, Qwen3-MoE, DeepSeek-V3, Qwen3-Next, GPT-2), or, where there is none, as our class with its code
+in the folder (`trust_remote_code=True`). `minillm` keeps our own class without code. Every folder carries the
+tokenizer, a generation config whose end tokens fit a chat, a model card with the run's numbers, and a record of where
+it came from. OUT appears whole or not at all. fp32, the default, loses nothing; bf16 is half as large.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="run name or folder, a checkpoint of it, or a model folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be empty or not exist")
     parser.add_argument(
-        "--format", default="hf", choices=FORMATS, help="hf: transformers' Llama class; minillm: ours (default hf)"
+        "--format",
+        default="hf",
+        choices=FORMATS,
+        help="hf: the family's own class in transformers, or ours with its code in OUT where it has none (then it is "
+        "loaded with trust_remote_code=True); minillm: our class without its code (default hf)",
     )
     parser.add_argument("--dtype", default="fp32", choices=("bf16", "fp32"), help="of the weights (default fp32)")
     return parser
@@ -55,11 +60,11 @@ def export(run: str | Path, out: Path, format: str = "hf", dtype: str = "fp32") 
 
     folder = resolve_model_folder(run)
     tokenizer = load_tokenizer(folder)
-    model = _as_format(load_model_folder(folder, device="cpu", dtype=dtype), format)
+    model, needs_code = _as_format(load_model_folder(folder, device="cpu", dtype=dtype), format)
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, model, tokenizer, describe_model_folder(folder))
+        _write(temporary, model, tokenizer, describe_model_folder(folder), out.name, needs_code)
         publish_directory(temporary, out.absolute())
     except Exception as error:  # a full disk is OSError, SafetensorError or bare Exception, by who was writing
         raise UserError(f"{out} could not be written ({error}); nothing was left there") from error
@@ -67,23 +72,39 @@ def export(run: str | Path, out: Path, format: str = "hf", dtype: str = "fp32") 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _as_format(model: PreTrainedModel, format: str) -> PreTrainedModel:
-    from minillm.interop.llama import from_transformers, to_transformers
+def _as_format(model: PreTrainedModel, format: str) -> tuple[PreTrainedModel, bool]:
+    """The model as the class it is written as, and whether its code goes with it."""
+    from minillm.interop import from_transformers, native_family, to_transformers
+    from minillm.interop.families import FAMILIES
     from minillm.models import MiniLLMForCausalLM
 
     own = isinstance(model, MiniLLMForCausalLM)
-    if format == "hf" and own:
-        return to_transformers(model)
-    if format == "minillm" and not own:
-        return from_transformers(model)
-    return model
+    if format == "minillm":
+        return (model if own else from_transformers(model)), False
+    if not own:
+        return model, False
+    family = native_family(model.config)
+    if family is None:
+        return model, True
+    if lost := FAMILIES[family].left_out(model.config.fields()):
+        say(f"left out, because {FAMILIES[family].config_name} has no such setting of training: {', '.join(lost)}")
+    return to_transformers(model), False
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: ModelFolder) -> None:
+def _write(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    origin: ModelFolder,
+    name: str,
+    needs_code: bool,
+) -> None:
     from transformers import GenerationConfig
 
     from minillm.inference.generate import stop_token_ids
     from minillm.interop.load import EXPORT_RECORD
+    from minillm.interop.model_card import model_card
+    from minillm.interop.own_code import add_own_code
 
     stops = stop_token_ids(model, tokenizer)
     model.generation_config = GenerationConfig(
@@ -91,6 +112,9 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if needs_code:
+        add_own_code(folder)
+    (folder / "README.md").write_text(model_card(model, origin, name, needs_code), encoding="utf-8")
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes them for the owner alone
     write_json(folder / EXPORT_RECORD, {"run": origin.run, "step": origin.step, "stage": origin.stage})
@@ -98,16 +122,25 @@ def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 def describe(out: Path, format: str, dtype: str) -> list[str]:
     """Lines for the person: what was written, and how to load it."""
-    model_class = read_json(out / "config.json")["architectures"][0]
+    config = read_json(out / "config.json")
+    needs_code = "auto_map" in config
     size = sum(path.stat().st_size for path in out.iterdir())
-    auto_class = f'AutoModelForCausalLM.from_pretrained("{out}")'
-    usage = {
-        "hf": f"from transformers import AutoModelForCausalLM; model = {auto_class}",
-        "minillm": f'import minillm; model = minillm.load("{out}"); print(model.chat("Hello"))',
-    }
+    family = {
+        True: "no class of transformers computes it, so its code is in the folder; trust_remote_code is needed",
+        False: f"family {config['model_type']}, no trust_remote_code needed",
+    }[needs_code]
+    if format == "minillm":
+        family = "minillm's own class, which minillm loads"
+        usage = f'import minillm; model = minillm.load("{out}"); print(model.chat("Hello"))'
+    else:
+        trust = ", trust_remote_code=True" if needs_code else ""
+        usage = (
+            "from transformers import AutoModelForCausalLM; "
+            f'model = AutoModelForCausalLM.from_pretrained("{out}"{trust})'
+        )
     return [
-        f"wrote {out}: {size / 1e6:,.1f} MB, {dtype}, {model_class}",
-        f"load it with: {usage[format]}",
+        f"wrote {out}: {size / 1e6:,.1f} MB, {dtype}, {config['architectures'][0]} ({family})",
+        f"load it with: {usage}",
         f"talk to it with: python -m minillm.chat {out}",
     ]
 

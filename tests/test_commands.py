@@ -17,7 +17,7 @@ YAMLS = sorted(p.stem for p in (ROOT / "launch" / "configs").glob("*.yaml"))
 
 
 def script_of(config: str) -> str:
-    return "sft.py" if config.startswith("sft") else "pretrain.py"
+    return "sft.py" if "sft" in config.split("-") else "pretrain.py"
 
 
 @pytest.mark.parametrize("config", YAMLS)
@@ -27,7 +27,8 @@ def test_every_yaml_with_every_json_dry_runs(config, json_name, tmp_path):
     words += ["--dry-run", "--ranks", "8"]
     out = run(words, cwd=tmp_path).stdout
     stage = json_name.split("zero")[1][0]
-    assert f"ZeRO-{stage}, bf16" in out and "FLOPs a token" in out and "memory a GPU" in out
+    precision = "fp16" if "fp16" in json_name else "bf16"
+    assert f"ZeRO-{stage}, {precision}" in out and "FLOPs a token" in out and "memory a GPU" in out
     assert not list(tmp_path.iterdir())  # nothing was written
 
 

@@ -55,7 +55,17 @@ def test_resolved_config_reads_back(tmp_path):
         ("train.max_steps=many", ["train.max_steps = 'many'", "integer"]),
         ("train.num_epochs=2", ["train.max_steps / train.num_epochs", "both are given"]),
         ("train.max_steps=null", ["neither is given"]),
-        ("model.attention_type=mla", ["model.attention_type = 'mla'", "gqa"]),
+        ("model.attention_type=mha", ["model.attention_type is 'mha'", "gqa, mla"]),
+        ("model.attention_type=mla", ["model.kv_lora_rank is null", "num_key_value_heads is 2", "must be equal"]),
+        ("model.num_key_value_heads=3", ["model.num_key_value_heads is 3", "must divide num_attention_heads (8)"]),
+        ("model.sliding_window=64", ["model.sliding_window is 64", "sliding_attention layers"]),
+        ("model.layer_types=[full_attention]", ["model.layer_types names 1 layers", "num_hidden_layers (4)"]),
+        ("model.layer_types=[a,b,c,d]", ["layer_types holds 'a'", "full_attention, sliding_attention"]),
+        ("model.rope_scaling={rope_type: ntk, factor: 2}", ["rope_type is 'ntk'", "linear, dynamic, yarn, llama3"]),
+        ("model.rope_scaling={rope_type: yarn, factor: 2}", ["yarn needs original_max_position_embeddings"]),
+        ("model.num_experts=4", ["model.num_experts", "only sparse layers"]),
+        ("model.hidden_dropout=1.5", ["model.hidden_dropout is 1.5", "a probability"]),
+        ("model.hidden_act=relu", ["model.hidden_act is 'relu'", "silu, gelu, gelu_new"]),
         ("model.num_hidden_layers=2.5", ["model.num_hidden_layers = 2.5", "a whole number"]),
         ("data.seq_len=100000", ["data.seq_len = 100000", "512 positions"]),
         ("data.train=somewhere", ["data.tokenizer: needed"]),
@@ -67,12 +77,18 @@ def test_resolved_config_reads_back(tmp_path):
         ("data.validation=somewhere", ["data.validation", "without data.train"]),
         ("run_name=a/b", ["run_name = 'a/b'"]),
         ("model.expert_parallel_size=2", ["no experts"]),
+        (("model.preset=mixtral-mini", "model.moe_backend=deepspeed"), ["plain torch", "leave them at auto"]),
+        (
+            ("model.preset=deepseek-v3-mini", "model.layer_types=" + str(["sliding_attention"] * 12)),
+            ["mla has no sliding window"],
+        ),
+        (("model.init_from=x", "model.hidden_size=64"), ["its shape cannot change", "rope_scaling"]),
         ("samples.prompts=[]", ["samples.every", "prompts"]),
         ("seed", ["`seed`", "section.key=value"]),
     ],
 )
 def test_each_mistake_is_named_with_its_fix(override, expected):
-    text = problems(override)
+    text = problems(*([override] if isinstance(override, str) else override))
     for part in expected:
         assert part in text, text
 

@@ -40,6 +40,12 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
+_FIX = (
+    "train one with `python -m data_tools.tokenizer train`, or add what is missing with "
+    "`python -m data_tools.tokenizer import TOKENIZER --out DIR --chat` (before pretraining, since each token needs "
+    "a row in the weights)"
+)
+
 Message = dict[str, str]
 
 
@@ -115,11 +121,21 @@ def encode_conversations(
     return encoded
 
 
+def check_chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise one UserError that names everything a tokenizer lacks for conversations: markers, a chat template."""
+    missing = [f"no {token} token" for token in (IM_START, IM_END) if _token_id(tokenizer, token) is None]
+    if not tokenizer.chat_template:
+        missing.append("no chat template")
+    if missing:
+        raise UserError(f"the tokenizer has {', '.join(missing)}, which conversations need: {_FIX}")
+
+
 def _marker(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    index = tokenizer.backend_tokenizer.token_to_id(token)
+    index = _token_id(tokenizer, token)
     if index is None:
-        raise UserError(
-            f"the tokenizer has no {token} token, which conversations are marked with: "
-            "train one with data_tools.tokenizer, or add the token"
-        )
+        raise UserError(f"the tokenizer has no {token} token, which conversations are marked with: {_FIX}")
     return index
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int | None:
+    return tokenizer.backend_tokenizer.token_to_id(token)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from minillm.data.chat_template import check_messages, encode_conversations
+from minillm.data.chat_template import check_chat_tokenizer, check_messages, encode_conversations
 from minillm.data.shards import (
     CONVERSATIONS,
     INDEX,
@@ -31,7 +31,7 @@ from minillm.data.shards import (
     iterate_samples,
 )
 from minillm.data.tar import DamagedTar
-from minillm.data.text_encoding import encode_texts, fingerprint
+from minillm.data.text_encoding import encode_texts, fingerprint, vocabulary_size
 from minillm.data.token_shards import CHUNK_TOKENS, SHARD_TOKENS, TokenShardWriter, token_dtype
 from minillm.data.workers import available_cores, shared_with_workers, worker_pool
 from minillm.utils.errors import UserError
@@ -143,7 +143,9 @@ def _compile(
 
     bad = BadSamples(max_bad)
     conversations = kind == CONVERSATIONS
-    dtype = token_dtype(len(tokenizer))
+    if conversations:
+        check_chat_tokenizer(tokenizer)
+    dtype = token_dtype(vocabulary_size(tokenizer))
     writer = TokenShardWriter(
         folder, dtype=dtype, eos_token_id=tokenizer.eos_token_id, has_loss_mask=conversations
     )
@@ -177,7 +179,7 @@ def _compile(
         "chunk_tokens": CHUNK_TOKENS,
         "has_loss_mask": conversations,
         "tokenizer": fingerprint(tokenizer),
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         **counts,
         "num_bad_samples": bad.count,

@@ -5,8 +5,11 @@ any process, so resuming is a jump and ranks need not speak to each other. Withi
 exactly once an epoch, in an order seeded by (seed, source, epoch). Sources are interleaved by weight in blocks of fixed
 composition; each runs through its own epochs. Memory does not grow with the data.
 
-    concat   each shard's token stream is cut every T tokens; row: inputs t .. t+T-1, targets t+1 .. t+T. Every
-             token is an input once; the last row of a shard is padded.
+    concat   each shard's token stream is read in windows that begin every `stride` tokens; row: inputs t .. t+T-1,
+             targets t+1 .. t+T. With stride = T (the default) every token is an input once. With a smaller stride
+             windows overlap, for corpora so small that each token is wanted in several contexts: a target counts in
+             an epoch, and in its loss, once for every window that covers it (T / stride times; fewer in the first
+             and last T tokens of a shard). The last row of a shard is padded.
     none     one document a row, cut to T inputs, padded. (Documents cut this way: `num_truncated`.)
 
 A target is ignored (IGNORED) where it is padding, the first token of the next document, or masked by the source. The
@@ -40,16 +43,32 @@ Rows = dict[str, np.ndarray]
 
 
 def build_stream(
-    sources: Sequence[TokenSource], *, seq_len: int, packing: str = "concat", seed: int, shuffle: bool = True
+    sources: Sequence[TokenSource],
+    *,
+    seq_len: int,
+    packing: str = "concat",
+    stride: int | None = None,
+    seed: int,
+    shuffle: bool = True,
 ) -> SequenceStream:
-    """A stream over token sources; raises UserError when they hold nothing to train on or do not go together."""
+    """A stream over token sources; raises UserError when they hold nothing to train on or do not go together.
+
+    Args:
+        stride: tokens between the beginnings of two windows of "concat", 1 .. seq_len; None is seq_len.
+    """
     if packing not in PACKINGS:
         raise UserError(f"data.packing is {packing!r}: it must be one of {', '.join(PACKINGS)}")
     if seq_len < 1:
         raise UserError(f"data.seq_len is {seq_len}: it must be at least 1")
+    if stride is not None and packing != "concat":
+        raise UserError(f"data.stride is {stride}: only packing concat has windows, packing is {packing}; leave it out")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise UserError(f"data.stride is {stride}: it must be from 1 to data.seq_len = {seq_len}")
     if len({source.eos_token_id for source in sources}) != 1:
         raise UserError("the sources of one run must have the same tokenizer; tokenize them again with one")
-    return SequenceStream(sources, seq_len=seq_len, packing=packing, seed=seed, shuffle=shuffle)
+    return SequenceStream(
+        sources, seq_len=seq_len, packing=packing, stride=stride or seq_len, seed=seed, shuffle=shuffle
+    )
 
 
 class SequenceStream:
@@ -59,13 +78,17 @@ class SequenceStream:
     """
 
     def __init__(
-        self, sources: Sequence[TokenSource], *, seq_len: int, packing: str, seed: int, shuffle: bool
+        self, sources: Sequence[TokenSource], *, seq_len: int, packing: str, stride: int, seed: int, shuffle: bool
     ) -> None:
         self.seq_len, self.packing, self.seed, self.shuffle = seq_len, packing, seed, shuffle
         self.pad_token_id = sources[0].eos_token_id
         self.problems: list[str] = []
-        layout = _ConcatLayout if packing == "concat" else _DocumentLayout
-        self._layouts = [layout(source.shards, seq_len) for source in sources]
+        self._layouts: list[_Layout] = [
+            _ConcatLayout(source.shards, seq_len, stride)
+            if packing == "concat"
+            else _DocumentLayout(source.shards, seq_len)
+            for source in sources
+        ]
         for source, rows in zip(sources, self._layouts):
             if rows.num_rows == 0:
                 raise UserError(f"data source {source.name} is empty: there is no document in it; check its path")
@@ -243,14 +266,21 @@ class _Layout:
 
 
 class _ConcatLayout(_Layout):
-    def __init__(self, shards: Sequence[TokenShard], seq_len: int) -> None:
-        # the last token of a shard has no target, so it needs no row of its own
-        super().__init__(shards, seq_len, [-(-(shard.num_tokens - 1) // seq_len) for shard in shards])
+    def __init__(self, shards: Sequence[TokenShard], seq_len: int, stride: int) -> None:
+        super().__init__(shards, seq_len, [_num_windows(shard.num_tokens - 1, seq_len, stride) for shard in shards])
+        self._stride = stride
 
     def span(self, shard: TokenShard, row: int) -> tuple[int, int]:
         """The tokens of a row in its shard, the target of its last input included."""
-        start = row * self._seq_len
+        start = row * self._stride
         return start, min(start + self._seq_len + 1, shard.num_tokens)
+
+
+def _num_windows(num_targets: int, seq_len: int, stride: int) -> int:
+    """Windows that begin every `stride` tokens until one reaches the last target (a shard's first token is none)."""
+    if num_targets < 1:
+        return 0
+    return 1 + max(0, -(-(num_targets - seq_len) // stride))
 
 
 class _DocumentLayout(_Layout):

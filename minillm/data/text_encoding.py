@@ -53,12 +53,18 @@ def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return known[1]
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows an embedding needs: the largest id and one, also where a vocabulary leaves ids out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """UTF-8 bytes each token stands for, for bits per byte.
 
     Returns:
-        int64 [vocabulary]: 0 for special tokens, so that the sum over `encode_texts` of a text is the text's length in
-        bytes. (A tokenizer that puts a space before the first word counts that one too.)
+        int64 [vocabulary_size]: 0 for special tokens, so that the sum over `encode_texts` of a text is its length in
+        bytes. (A tokenizer that puts a space before the first word counts that one too; the first token of a
+        document is never a target, so that bits per byte stay right.)
 
     Raises:
         UserError: a tokenizer whose tokens do not spell bytes (WordPiece, Unigram without byte fallback).
@@ -75,8 +81,9 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
         )
     added = {token["id"]: token for token in state["added_tokens"]}
     space_marked = "\u2581" in decoder  # SentencePiece's mark for a space, three bytes long itself
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
         if index in added:
             lengths[index] = 0 if added[index]["special"] else len(token.encode())
         elif byte_level:

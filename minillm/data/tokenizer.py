@@ -2,7 +2,8 @@
 
 Contract: SPECIAL_TOKENS have the ids 0..4, `<|endoftext|>` ends documents and pads, the chat template is ChatML. Both
 kinds are lossless: decode(encode(text)) == text for every text, whatever it was trained on. What a tokenizer does to
-text (`encode_texts`, `token_byte_lengths`, `fingerprint`) is in text_encoding.py and is offered here too.
+text (`encode_texts`, `token_byte_lengths`, `fingerprint`) is in text_encoding.py and is offered here too; how
+tokenizers of others are read is in foreign_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillm.data.chat_template import CHAT_TEMPLATE
-from minillm.data.text_encoding import encode_texts, fingerprint, token_byte_lengths
+from minillm.data.foreign_tokenizer import open_tokenizer
+from minillm.data.text_encoding import encode_texts, fingerprint, token_byte_lengths, vocabulary_size
 from minillm.utils.errors import UserError
 from minillm.utils.files import write_json
 
@@ -31,6 +33,7 @@ __all__ = [
     "save_tokenizer",
     "token_byte_lengths",
     "train_bpe_tokenizer",
+    "vocabulary_size",
 ]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -123,25 +126,22 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path | str) -> None
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer folder (one of ours, a checkpoint, or any Hugging Face folder with a fast tokenizer).
+    """Load a tokenizer that a run can use: one of ours, a checkpoint's, or one of others (see foreign_tokenizer.py).
+
+    Args:
+        path: a folder, or `tiktoken:NAME`.
 
     Raises:
-        UserError: no folder, no tokenizer.json in it, one that does not load, or one without an end-of-text token.
+        UserError: nothing there, one that does not load, or one without an end-of-text token.
     """
-    path = Path(path)
-    fix = "name a folder that `python -m data_tools.tokenizer train --out FOLDER` wrote, or a model folder"
-    if not path.is_dir():
-        raise UserError(f"there is no tokenizer folder {path}: {fix}")
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(f"{path} is no tokenizer folder (tokenizer.json is missing): {fix}")
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
-    except Exception as error:  # the Rust library raises bare Exception for a damaged file
-        raise UserError(f"the tokenizer in {path} does not load ({error}): {fix}") from error
+    tokenizer = open_tokenizer(path)
     if tokenizer.eos_token_id is None:
-        raise UserError(f'{path}/tokenizer_config.json names no "eos_token", with which documents end: add it there')
+        raise UserError(
+            f"the tokenizer {path} names no token with which documents end (eos_token in tokenizer_config.json): "
+            f"append one with `python -m data_tools.tokenizer import {path} --out DIR` and use DIR"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

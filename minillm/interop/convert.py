@@ -1,42 +1,119 @@
-"""A folder of any known family as our own config or model: the start of a fine-tuning run.
+"""Models and configs to and from transformers' own classes, in memory and from folders.
 
-Contract: one table from `model_type` to its converter; a folder of another family is a UserError with the valid names.
+Contract: strict both ways (see family.py and weights.py). What comes back computes the same logits in the same dtype.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from minillm.interop.llama import config_from_llama, from_transformers
+from minillm.interop.families import FAMILIES, require_known_family, require_native_family
+from minillm.interop.family import MULTI_TOKEN, Family
+from minillm.interop.weights import fill, load_strictly, stored_tensors, to_ours, to_theirs
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.utils.errors import UserError
 from minillm.utils.files import read_json
+from minillm.utils.logging import say
 
-CONFIGS = {
-    "minillm": MiniLLMConfig.from_pretrained,
-    "llama": lambda folder: config_from_llama(LlamaConfig.from_pretrained(folder)),
-}
-MODELS = {
-    "minillm": lambda folder: MiniLLMForCausalLM.from_pretrained(folder, dtype=torch.float32),
-    "llama": from_transformers,
-}
+
+def from_transformers(source: PreTrainedModel | str | Path) -> MiniLLMForCausalLM:
+    """Our model from a native one, or from a folder `save_pretrained` of one wrote or its authors published.
+
+    Weights are copied, each in its own dtype; the model is in eval mode as after `from_pretrained`. Multi-token
+    modules in a folder, which transformers' classes do not hold, are left out, and a line says so.
+
+    Raises:
+        UserError: another family, an option this decoder does not have, or weights that do not fit the config.
+    """
+    if isinstance(source, (str, Path)):
+        folder = Path(source)
+        family = require_known_family(_model_type(folder), folder / "config.json")
+        _say_left_out_of_folder(folder, family)
+        native, place = load_strictly(family.model_class, folder), str(folder)
+    else:
+        native, place = source, type(source).__name__
+        family = require_known_family(getattr(getattr(native, "config", None), "model_type", None), place)
+        if not isinstance(native, family.model_class):
+            raise UserError(f"{place} cannot be converted: pass the whole {family.model_name}")
+    config = family.config_to_ours(native.config)
+    weights = to_ours(native.state_dict(), family.rules(native.config), native.config)
+    model = fill(MiniLLMForCausalLM(config), weights, place)
+    model.generation_config = copy.deepcopy(native.generation_config)
+    model.config._name_or_path = native.config._name_or_path
+    return model
+
+
+def to_transformers(model: MiniLLMForCausalLM) -> PreTrainedModel:
+    """The native model with a copy of our model's weights, in eval mode.
+
+    Multi-token modules are left out, and a line says so: transformers' classes have no place for them.
+
+    Raises:
+        UserError: no native class computes the same; the message names the nearest one and what it lacks.
+    """
+    family = require_native_family(model.config)
+    config = family.config_to_theirs(model.config)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(MULTI_TOKEN)}
+    if model.config.num_nextn_predict_layers:
+        say(
+            f"left out: the {model.config.num_nextn_predict_layers} module(s) of multi-token prediction, for which "
+            f"{family.model_name} has no place; next-token logits do not change"
+        )
+    weights = to_theirs(weights, family.rules(config), config)
+    converted = fill(family.model_class(config), weights, type(model).__name__)
+    converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted
 
 
 def load_config_as_minillm(folder: Path) -> MiniLLMConfig:
-    """The architecture in a model folder."""
-    return CONFIGS[_family(folder)](folder)
+    """The architecture in a model folder, ours or a native one."""
+    model_type = _model_type(folder)
+    if model_type == MiniLLMConfig.model_type:
+        return MiniLLMConfig.from_pretrained(folder)
+    family = _trainable_family(model_type, folder)
+    return family.config_to_ours(family.config_class.from_pretrained(folder))
 
 
 def load_as_minillm(folder: Path) -> MiniLLMForCausalLM:
-    """The model in a model folder, in fp32."""
-    return MODELS[_family(folder)](folder).float()
+    """The model in a model folder, ours or a native one, in fp32."""
+    model_type = _model_type(folder)
+    if model_type == MiniLLMConfig.model_type:
+        return load_strictly(MiniLLMForCausalLM, folder).float()
+    _trainable_family(model_type, folder)
+    return from_transformers(folder).float()
 
 
-def _family(folder: Path) -> str:
-    family = read_json(folder / "config.json").get("model_type")
-    if family not in CONFIGS:
-        raise UserError(f"{folder} holds a {family} model; training can start from: {', '.join(sorted(CONFIGS))}")
-    return family
+def config_from_transformers(config: PretrainedConfig) -> MiniLLMConfig:
+    """The same architecture as ours; UserError where theirs has an option this decoder does not."""
+    return require_known_family(config.model_type, type(config).__name__).config_to_ours(config)
+
+
+def config_to_transformers(config: MiniLLMConfig) -> PretrainedConfig:
+    """The same architecture as the native config; UserError where no native class computes the same."""
+    return require_native_family(config).config_to_theirs(config)
+
+
+def _trainable_family(model_type: object, folder: Path) -> Family:
+    if model_type not in FAMILIES:
+        known = ", ".join(("minillm", *FAMILIES))
+        raise UserError(f"{folder} holds a {model_type} model; training can start from: {known}")
+    return FAMILIES[model_type]
+
+
+def _model_type(folder: Path) -> object:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: name a folder that save_pretrained of a model wrote")
+    values = read_json(path)
+    return values.get("model_type") if isinstance(values, dict) else None
+
+
+def _say_left_out_of_folder(folder: Path, family: Family) -> None:
+    """Published DeepSeek-V3 and Qwen3-Next folders hold weights their class passes over without a word."""
+    layers = read_json(folder / "config.json").get("num_hidden_layers")
+    extra = [name for name in stored_tensors(folder) if name.startswith(("mtp.", f"model.layers.{layers}."))]
+    if extra:
+        say(f"left out: {len(extra)} weights of multi-token prediction in {folder}, which {family.model_name} lacks")

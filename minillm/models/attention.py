@@ -1,10 +1,17 @@
 """Grouped-query attention, of which multi-head and multi-query attention are the two ends (arXiv:2305.13245).
 
+Contract: `attend` is the one place where queries meet keys; which tokens a query sees is decided by the masks of
+build_attention_mask, once a forward. Biases, norms on queries and keys, an output gate, sliding windows and dropout
+are options on the same path.
+
 Shapes: B batch, T time (queries), S time (keys, cached ones included), D hidden, N query heads, K key/value heads,
-H head dim.
+H head dim, V head dim of the values.
 """
 
 from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,91 +20,221 @@ from transformers.cache_utils import Cache
 
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.linear import Linear, should_widen
+from minillm.models.normalization import build_norm
 from minillm.models.positions import apply_rotary
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch, or a build without it: documents are masked instead
+    varlen_attn = None
+if varlen_attn is not None and not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+    varlen_attn = None
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(H)) v.
+
+class PackedDocuments(NamedTuple):
+    """A mask as borders: causal attention within documents that lie end to end in the rows of a batch.
+
+    Made only where the variable-length kernel may run, which skips what a dense mask would compute and drop.
+    """
+
+    borders: torch.Tensor | None  # int32 [documents + 1], where they begin in the flattened batch; None: one a row
+    window: int | None = None  # tokens a query sees, itself included
+
+    def dense(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """The same as bool [B, 1, T, T] (B = 1 where every row is one document)."""
+        places = torch.arange(length, device=device)
+        mask = places <= places[:, None]
+        if self.window is not None:
+            mask = mask & (places > places[:, None] - self.window)
+        if self.borders is None:
+            return mask[None, None]
+        tokens = torch.arange(batch * length, device=device, dtype=self.borders.dtype)
+        document = torch.searchsorted(self.borders, tokens, right=True).view(batch, 1, length)
+        return mask & (document[..., None] == document[..., None, :])
+
+
+def pack_documents(document_ids: torch.Tensor | None, window: int | None = None) -> PackedDocuments:
+    """The borders between runs of equal numbers in document_ids [B, T]; one wait for the device, to count them."""
+    if document_ids is None:
+        return PackedDocuments(None, window)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    borders = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=begins.numel())
+    return PackedDocuments(borders.int(), window)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | PackedDocuments | None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """softmax(scale q k^T) v.
 
     Args:
-        query: [B, N, T, H]; key, value: [B, K, S, H] with K dividing N.
+        query: [B, N, T, H]; key: [B, K, S, H] with K dividing N; value: [B, K, S, V].
         mask: None for causal attention over T == S (or one query that sees all keys), else bool [B, 1, T, S] that
             never lets a query look ahead; where T == S what lies above the diagonal may not even be computed.
+        dropout: probability of dropping an attention weight.
+        scale: 1 / sqrt(H) when absent.
+        window: a promise that `mask` lets no query look further back than so many tokens, itself included.
 
     Returns:
-        [B, N, T, H] in the query's dtype.
+        [B, N, T, V] in the query's dtype.
     """
     dtype = query.dtype
     if should_widen(query):
         query, key, value = query.float(), key.float(), value.float()
-    options = {"enable_gqa": query.shape[1] != key.shape[1]}
-    if mask is None:
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, **options)
-    elif query.device.type == "cpu" and mask.shape[2] == mask.shape[3]:
-        output = _attend_in_blocks(query, key, value, mask, **options)
-    elif query.device.type == "cpu":
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    if isinstance(mask, PackedDocuments):
+        if _kernel_takes(query, value, dropout):
+            return _attend_packed(query, key, value, mask, scale)
+        mask = mask.dense(query.shape[0], query.shape[2], query.device)
+    if query.device.type == "cpu":
+        output = _attend_on_cpu(query, key, value, mask, window, dropout_p=dropout, scale=scale)
+    elif mask is None:
+        shared = query.shape[1] != key.shape[1]
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=query.shape[2] > 1, enable_gqa=shared, dropout_p=dropout, scale=scale
+        )
     else:
         # CUDA's memory-efficient kernel takes a mask but no shared heads; without it SDPA would hold [T, S] in memory.
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return output.to(dtype)
 
 
-def _attend_in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **options
-) -> torch.Tensor:
-    """Masked attention over T == S, a block of queries at a time against the keys up to the block's end.
+def _attend_on_cpu(query, key, value, mask: torch.Tensor | None, window: int | None, **options) -> torch.Tensor:
+    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    value_dim, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if missing > 0:
+        # The CPU's flash kernel wants one width. Forward + backward of 4 x 512 tokens, 12 heads of 96 and 64, one
+        # core: 300 ms with zeros appended, 480 ms without.
+        value = F.pad(value, (0, missing))
+    if mask is None:
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, **options)
+    elif mask.shape[2] == mask.shape[3]:
+        output = _attend_in_blocks(query, key, value, mask, window, **options)
+    else:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    return output[..., :value_dim] if missing > 0 else output
+
+
+def _attend_in_blocks(query, key, value, mask: torch.Tensor, window: int | None, **options) -> torch.Tensor:
+    """Masked attention over T == S, a block of queries at a time against the keys that the block can see.
 
     Every mask here is causal, and SDPA does not know it: whole-square attention computes the upper triangle for
-    nothing. Forward + backward of 4 x 512 tokens, 8/2 heads of 64, fp32, one core: 104 ms whole, 83 ms in blocks; of
-    1 x 2048 tokens 400 and 235 ms.
+    nothing, and with a window most of the lower one. Forward + backward of 4 x 512 tokens, 8/2 heads of 64, fp32, one
+    core: 104 ms whole, 83 ms in blocks; of 1 x 2048 tokens 400 and 235 ms.
     """
     length = query.shape[2]
-    block = max(128, length // 8)
+    block = max(128, length // 8 if window is None else min(length // 8, window))
     outputs = []
-    for start in range(0, length, block):
-        end = min(length, start + block)
-        rows = mask[:, :, start:end, :end]
+    for begin in range(0, length, block):
+        end = min(length, begin + block)
+        first = 0 if window is None else max(0, begin - window + 1)
+        rows = mask[:, :, begin:end, first:end]
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=rows, **options
+                query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], attn_mask=rows, **options
             )
         )
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
+def _kernel_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether the variable-length kernel (FlashAttention 2) has these types, widths and this device."""
+    return (
+        varlen_attn is not None
+        and not dropout
+        and query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and value.shape[-1] <= query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_packed(query, key, value, packed: PackedDocuments, scale: float | None) -> torch.Tensor:
+    """`attend` by the variable-length kernel, which sees the batch as one long row of documents."""
+    batch, _, length, width = query.shape
+    borders, value_dim = packed.borders, value.shape[-1]
+    if borders is None:
+        borders = torch.arange(0, (batch + 1) * length, length, device=query.device, dtype=torch.int32)
+    if value_dim < width:
+        value = F.pad(value, (0, width - value_dim))
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B T, N or K, H]
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        borders,
+        borders,
+        length,  # the longest document is not known without waiting for the device; a bound is enough
+        length,
+        scale=scale,
+        window_size=(-1 if packed.window is None else packed.window - 1, 0),  # the query's own token apart
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.unflatten(0, (batch, length)).transpose(1, 2)[..., :value_dim]
+
+
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention with N query heads sharing K key/value heads, rotary positions and a cache."""
+    """Causal self-attention with N query heads sharing K key/value heads and a cache.
+
+    Options: `attention_bias`; `qk_norm`, a norm over each query and key head before it rotates (Qwen3,
+    arXiv:2505.09388); `attention_output_gate`, each head's output times the sigmoid of a gate that q_proj makes beside
+    the query (Qwen3-Next; arXiv:2505.06708); `sliding_window` in sliding_attention layers; `attention_dropout`.
+    """
 
     def __init__(self, config: MiniLLMConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.has_gate, self.has_norms = config.attention_output_gate, config.qk_norm
+        self.dropout = config.attention_dropout
+        layer_type = config.layer_types[min(layer_idx, config.num_hidden_layers - 1)]
+        self.window = config.sliding_window if layer_type == "sliding_attention" else None
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = Linear(config.hidden_size, key_value_width, bias=False)
-        self.v_proj = Linear(config.hidden_size, key_value_width, bias=False)
-        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
+        hidden_size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = Linear(hidden_size, 2 * query_width if self.has_gate else query_width, bias=bias)
+        self.k_proj = Linear(hidden_size, key_value_width, bias=bias)
+        self.v_proj = Linear(hidden_size, key_value_width, bias=bias)
+        self.o_proj = Linear(query_width, hidden_size, bias=bias)
+        if self.has_norms:
+            self.q_norm = build_norm(config, config.head_dim)
+            self.k_norm = build_norm(config, config.head_dim)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        positions: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | PackedDocuments | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; `positions` is what RotaryEmbedding returned."""
+        """[B, T, D] -> [B, T, D]; `positions` is the rotation [B, T, 1, R], or None where nothing rotates."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden_states).view(shape), positions).transpose(1, 2)  # [B, N, T, H]
-        key = apply_rotary(self.k_proj(hidden_states).view(shape), positions).transpose(1, 2)  # [B, K, T, H]
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states).view(shape)  # [B, T, K, H]
+        if self.has_gate:  # in q_proj's output each head's query is followed by its gate
+            query, gate = query.view(*shape[:-1], 2 * self.head_dim).chunk(2, dim=-1)
+        else:
+            query = query.view(shape)  # [B, T, N, H]
+        if self.has_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = apply_rotary(query, positions).transpose(1, 2)  # [B, N, T, H]
+        key = apply_rotary(key, positions).transpose(1, 2)  # [B, K, T, H]
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, H]
-        mixed = attend(query, key, value, attention_mask)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        mixed = attend(query, key, value, attention_mask, dropout=dropout, window=self.window)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        if self.has_gate:
+            mixed = mixed * gate.flatten(2).sigmoid()
+        return self.o_proj(mixed)
 
 
 def build_attention_mask(
@@ -108,13 +245,14 @@ def build_attention_mask(
     past_key_values: Cache | None = None,
     layer_idx: int = 0,
     sliding_window: int | None = None,
-) -> torch.Tensor | None:
+) -> torch.Tensor | PackedDocuments | None:
     """The mask all attention layers of one kind share in one forward.
 
     Args:
         length: T, the number of new tokens.
-        attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished causal mask [B, 1, T, S], returned as it is.
-        document_ids: [B, T], equal within a document; only without cached tokens.
+        attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished causal mask [B, 1, T, S], returned as it is
+            (where T == S, cut to the window).
+        document_ids: [B, T], equal within a document, which is one run of neighbours; only without cached tokens.
         past_key_values: the cache, before this forward's keys are added.
         layer_idx: a layer of this kind, whose part of the cache is asked.
         sliding_window: tokens a query sees, itself included.
@@ -122,10 +260,11 @@ def build_attention_mask(
     Returns:
         None where plain causal attention over the T new tokens (or one query that sees everything) is right, else
         bool [B, 1, T, S], True where a query may look. Every query may look at itself, padding included, so that no
-        row is empty: softmax over nothing is NaN on some backends.
+        row is empty: softmax over nothing is NaN on some backends. On CUDA, where a kernel works from the borders of
+        documents, PackedDocuments in place of a dense mask over T == S.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
+        return _cut_to_window(attention_mask, sliding_window)
     num_cached = 0 if past_key_values is None else past_key_values.get_seq_length(layer_idx)
     num_keys, offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, layer_idx)
     if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
@@ -134,6 +273,8 @@ def build_attention_mask(
     in_window = sliding_window is None or num_keys <= sliding_window
     if attention_mask is None and document_ids is None and fits and in_window and (length == 1 or not num_cached):
         return None
+    if attention_mask is None and past_key_values is None and _packs(device):
+        return pack_documents(document_ids, sliding_window)
     queries = torch.arange(num_cached, num_cached + length, device=device)[:, None]
     keys = torch.arange(offset, offset + num_keys, device=device)[None, :]
     mask = (keys <= queries)[None, None]  # [1, 1, T, S]
@@ -146,3 +287,17 @@ def build_attention_mask(
         real = F.pad(real, (0, max(0, offset + num_keys - real.shape[1])))[:, offset : offset + num_keys]
         mask = mask & real[:, None, None, :] | (keys == queries)
     return mask
+
+
+def _packs(device: torch.device) -> bool:
+    """Whether masks are made as borders: their number varies, which a compiled graph cannot have."""
+    return varlen_attn is not None and device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+def _cut_to_window(mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    """A finished mask, and no further back than the window; over cached tokens its maker has seen to that."""
+    if window is None or mask.shape[2] != mask.shape[3] or mask.shape[2] <= window:
+        return mask
+    places = torch.arange(mask.shape[2], device=mask.device)
+    beyond = places <= places[:, None] - window
+    return mask.masked_fill(beyond, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

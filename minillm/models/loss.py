@@ -2,8 +2,8 @@
 auxiliary terms.
 
 Contract: every term is a sum over rows and targets divided by the same count, so that the terms of micro-batches add
-up to that of the global batch however it is split. -100 is no target. A batch without targets gives exactly 0 with zero gradients, never NaN, so that a rank
-whose micro-batch holds only padding takes part like any other.
+up to that of the global batch however it is split. -100 is no target. A batch without targets gives exactly 0 with
+zero gradients, never NaN, so that a rank whose micro-batch holds only padding takes part like any other.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ def token_loss(
 ) -> torch.Tensor:
     """Sum of cross-entropies / num_items, or the mean over targets; logits [B, T, V], targets [B, T]; fp32 scalar."""
     total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    if num_items is None:
-        num_items = (targets != IGNORE).sum().clamp(min=1)
-    return total / num_items
+    return total / (count_targets(targets) if num_items is None else num_items)
+
+
+def count_targets(targets: torch.Tensor) -> torch.Tensor:
+    """How many targets there are, at least 1 so that it can divide: what all terms share where no count is given."""
+    return (targets != IGNORE).sum().clamp(min=1)
 
 
 def targets_ahead(targets: torch.Tensor, document_ids: torch.Tensor | None, depth: int) -> torch.Tensor:
     """Targets [B, T] of the token `depth` after the next, for multi-token prediction.
 
-    Position t holds targets[t + depth]; none where that lies past the row, in another document, or where a position
-    from t on to it has no target (the module would need a token that is not there).
+    Position t holds targets[t + depth], and none where that lies past the row or in another document. Positions on the
+    way may lack a target, as in a prompt whose answer alone is learned: their tokens are input of the module, which
+    predicts a token from all those before it, exactly as the decoder does `depth` positions later.
     """
     ahead = targets
     for _ in range(depth):
@@ -69,10 +73,7 @@ def auxiliary_losses(
     """
     if not routings:
         return {}, targets.new_zeros((), dtype=torch.float32)
-    of_rows = (targets != IGNORE).sum(-1)
-    if num_items is None:
-        num_items = of_rows.sum().clamp(min=1)
-    share = of_rows / num_items  # [B]
+    share = (targets != IGNORE).sum(-1) / (count_targets(targets) if num_items is None else num_items)  # [B]
     losses, total = {}, 0.0
     for name, field in TERMS.items():
         if coefficient := getattr(config, field):

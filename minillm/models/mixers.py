@@ -16,11 +16,14 @@ from transformers.cache_utils import Cache
 
 from minillm.models.attention import GroupedQueryAttention, build_attention_mask
 from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.gated_deltanet import GatedDeltaNet
+from minillm.models.latent_attention import LatentAttention
 
-ATTENTION: dict[str, type[nn.Module]] = {"gqa": GroupedQueryAttention}
+ATTENTION: dict[str, type[nn.Module]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
 MIXERS: dict[str, dict[str, type[nn.Module]]] = {  # layer type -> attention_type -> class
     "full_attention": ATTENTION,
     "sliding_attention": {"gqa": GroupedQueryAttention},
+    "linear_attention": dict.fromkeys(ATTENTION, GatedDeltaNet),
 }
 
 

@@ -28,6 +28,7 @@ from minillm.models.feed_forward import build_mlp, is_sparse
 from minillm.models.linear import Linear
 from minillm.models.loss import (
     auxiliary_losses,
+    count_targets,
     counted_tokens,
     next_token_targets,
     targets_ahead,
@@ -177,6 +178,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
             state = hidden_states
             for module in self.multi_token_modules:
                 embeddings = nn.functional.pad(embeddings[:, 1:], (0, 0, 0, 1))  # of the next token; the last has none
+                counted = nn.functional.pad(counted[:, 1:], (0, 1))  # False: no token there to route
                 state, routing = module(state, embeddings, positions, masks, counted)
                 ahead.append(state)
                 routings.append(routing)
@@ -260,6 +262,8 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             kept = slice(-kept, None) if kept else slice(None)
         loss = losses = logits = None
         if targets is not None:
+            if num_items_in_batch is None:
+                num_items_in_batch = count_targets(targets)  # of the next token, for the terms further ahead as well
             logits = self.lm_head(hidden_states)
             loss = token_loss(logits, targets, num_items_in_batch)
             losses = {"cross_entropy": loss}

@@ -1,5 +1,13 @@
 """Multi-token prediction: a module that predicts one token further ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2).
 
+The k-th module turns what the depth before knows at position t, and the embedding of token t + k, into a state that
+predicts token t + k + 1 through the model's own output product (equations 21 to 23). It exists for its loss: only
+training with targets runs it, and it keeps nothing in a cache.
+
+Contract: a state whose next token lies past the row or in another document is made like any other and means nothing.
+Nothing real depends on it: it has no target (minillm.models.loss.targets_ahead), and attention looks back only, so that
+what sees it lies past the row's end or in another document too.
+
 Shapes: B batch, T time, D hidden.
 """
 
@@ -37,7 +45,19 @@ class MultiTokenModule(nn.Module):
         masks: dict[str, torch.Tensor | None],
         counted: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Routing | None]:
-        """States [B, T, D] of the depth before, and of the next tokens the embeddings -> states of this depth."""
+        """One depth further.
+
+        Args:
+            states: [B, T, D] of the depth before: at depth 1 the decoder's, after its last norm.
+            next_embeddings: [B, T, D], at position t the embedding of token t + k at depth k, without positions.
+            positions: the decoder's own rotation. Position t keeps its angle at every depth: rotation is relative, so
+                turning all by the k tokens that have moved in would change nothing.
+            masks: the decoder's own, by layer type.
+            counted: bool [B, T], positions that balance the experts.
+
+        Returns:
+            The states of this depth [B, T, D], and what the layer's router did.
+        """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(states)), dim=-1)
         hidden_states, routing = self.layer(self.eh_proj(joined), positions=positions, masks=masks, counted=counted)
         return self.norm(hidden_states), routing

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from minillm.models.configuration_minillm import MiniLLMConfig
 
@@ -28,7 +30,47 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm}
+class ZeroCenteredRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), weight 0 at first, so that decay pulls the scale to 1 (Qwen3-Next, Gemma)."""
+
+    def __init__(self, config: MiniLLMConfig, size: int):
+        super().__init__(config, size)
+        nn.init.zeros_(self.weight)
+
+    def init_weights(self, config: MiniLLMConfig) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias (Ba et al., arXiv:1607.06450).
+
+    Any shape [..., D] in and out, in the input's dtype; the kernel takes mean and variance in fp32. `rms_norm_eps` is
+    the epsilon.
+    """
+
+    def __init__(self, config: MiniLLMConfig, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+NORMS: dict[str, type[nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "zero_centered_rmsnorm": ZeroCenteredRMSNorm,
+    "layernorm": LayerNorm,
+}
 
 
 def build_norm(config: MiniLLMConfig, size: int | None = None) -> nn.Module:

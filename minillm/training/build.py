@@ -13,7 +13,7 @@ from minillm.config import RunConfig, Sources, model_overrides
 from minillm.data.loader import BatchLoader
 from minillm.data.sources import TokenSource, open_sources
 from minillm.data.stream import build_stream
-from minillm.data.tokenizer import fingerprint, load_tokenizer
+from minillm.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
 from minillm.interop.load import newest_checkpoint, newest_run_checkpoint, resolve_model_folder
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
@@ -91,7 +91,9 @@ def _spec(sources: Sources) -> str | list[dict[str, object]]:
 
 def build_loader(run: RunConfig, sources: list[TokenSource], *, num_epochs: float | None) -> BatchLoader:
     """The training loader: endless, or masked after `num_epochs`."""
-    stream = build_stream(sources, seq_len=run.data.seq_len, packing=run.packing, seed=run.seed)
+    stream = build_stream(
+        sources, seq_len=run.data.seq_len, packing=run.packing, stride=run.data.stride, seed=run.seed
+    )
     last = None if num_epochs is None else max(1, round(num_epochs * stream.num_sequences))
     if stream.num_truncated:
         say(f"{stream.num_truncated:,} documents are longer than data.seq_len = {run.data.seq_len} and are cut to it")
@@ -107,7 +109,10 @@ def build_loader(run: RunConfig, sources: list[TokenSource], *, num_epochs: floa
 
 
 def build_validation_loaders(run: RunConfig, sources: list[TokenSource]) -> dict[str, BatchLoader]:
-    """One loader a source, over its first validation.max_sequences in order."""
+    """One loader a source, over its first validation.max_sequences in order.
+
+    Windows never overlap here, whatever data.stride: each target counts once in the validation loss.
+    """
     loaders = {}
     micro = run.train.train_micro_batch_size_per_gpu
     for source in sources:
@@ -141,7 +146,7 @@ def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
     """
     tokenizer = data.tokenizer
     if data.base is not None:
-        config = load_config_as_minillm(data.base)
+        config = _with_context(load_config_as_minillm(data.base), model_overrides(run))
     else:
         fields = {**PRESETS[run.model.preset], **model_overrides(run)}
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
@@ -150,9 +155,9 @@ def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
             config = MiniLLMConfig(**{**fields, **special})
         except ValueError as error:
             raise UserError(f"model: {error}") from error
-    if len(tokenizer) > config.vocab_size:
+    if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
-            f"model.vocab_size = {config.vocab_size}: the tokenizer {run.data.tokenizer} has {len(tokenizer)} tokens; "
+            f"model.vocab_size = {config.vocab_size}: the tokenizer {run.data.tokenizer} has {vocabulary_size(tokenizer)} tokens; "
             f"set model.vocab_size to at least that, or train a smaller tokenizer"
         )
     if run.data.seq_len > config.max_position_embeddings:
@@ -161,6 +166,16 @@ def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
             f"lower data.seq_len or raise model.max_position_embeddings"
         )
     return config
+
+
+def _with_context(config: MiniLLMConfig, overrides: dict[str, object]) -> MiniLLMConfig:
+    """The base's config with another context length or rotation (what model.init_from leaves to change)."""
+    if not overrides:
+        return config
+    try:
+        return MiniLLMConfig(**{**config.to_dict(), **overrides})
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
 
 
 def build_model(run: RunConfig, config: MiniLLMConfig) -> MiniLLMForCausalLM:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,9 +25,11 @@ from minillm.training.zero_state import (
     MOMENTS,
     full_shape,
     link_optimizer_states,
+    loss_scale_state,
     named_trainable,
     read_full_state,
     reset_optimizer_state,
+    restore_loss_scale,
     write_full_state,
 )
 from minillm.utils import distributed
@@ -68,6 +71,10 @@ def save_checkpoint(directory: Path, engine, state: TrainState, extra: dict[str,
     for file, kinds in ((WEIGHTS, ("weight",)), (OPTIMIZER, MOMENTS)):
         entries = {_key(kind, name): shape for kind in kinds for name, shape in shapes.items()}
         tensors = read_full_state(engine, kinds)
+        if file == WEIGHTS:
+            buffers = persistent_buffers(engine.module)
+            entries |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+            tensors = chain(tensors, ((name, "weight", buffer.float().cpu()) for name, buffer in buffers.items()))
         if distributed.rank() == 0 and problem is None:
             problem = _attempt(lambda: _write_tensors(temporary / file, entries, tensors, checksums))  # noqa: B023
         for _ in tensors:  # the other ranks, and rank 0 after a failure: the collectives have to be finished
@@ -106,13 +113,16 @@ def _prepare(temporary: Path, engine, state: TrainState, extra: dict, tokenizer,
     if engine.module.generation_config is not None:
         engine.module.generation_config.save_pretrained(temporary)
     save_tokenizer(tokenizer, temporary)
-    persistent = engine.module.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer.tolist() for name, buffer in engine.module.named_buffers() if name in persistent}
-    write_json(
-        temporary / "trainer_state.json",
-        {"format": FORMAT, "state": state.as_dict(), "buffers": buffers, **extra},
-    )
+    scaler = loss_scale_state(engine)
+    scale = {"loss_scale": scaler} if scaler else {}
+    write_json(temporary / "trainer_state.json", {"format": FORMAT, "state": state.as_dict(), **scale, **extra})
     write_json(temporary / "rng.json", {"ranks": generators})
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers a saved model carries: the balancing biases of routers."""
+    saved = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _write_tensors(path: Path, entries: dict, tensors, checksums: dict[str, str]) -> None:
@@ -156,12 +166,12 @@ def read_state(path: Path) -> tuple[TrainState, dict]:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Put a checkpoint's weights into a model that no engine holds yet.
+    """Put a checkpoint's weights and buffers into a model that no engine holds yet.
 
     Raises:
         UserError: the names or shapes are not the model's (a checkpoint of another architecture).
     """
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
     with safe_open(path / WEIGHTS, framework="pt") as file:
         names = set(file.keys())
         wrong = [n for n in names & set(parameters) if file.get_slice(n).get_shape() != list(parameters[n].shape)]
@@ -190,9 +200,8 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
     # Exactly: DeepSpeed made its own fp32 weights from the rounded low-precision ones.
     with safe_open(path / WEIGHTS, framework="pt") as file:
         write_full_state(engine, "weight", file.get_tensor)
-    for name, content in values["buffers"].items():
-        buffer = engine.module.get_buffer(name)
-        buffer.copy_(torch.tensor(content, dtype=buffer.dtype))
+    if "loss_scale" in values:
+        restore_loss_scale(engine, values["loss_scale"])
     reset_counters(engine, state.step)
     generators = read_json(path / "rng.json")["ranks"]
     if len(generators) == distributed.world_size():

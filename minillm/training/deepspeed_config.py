@@ -169,8 +169,8 @@ def check_precision(values: dict[str, Any], where: str) -> list[str]:
         return [f"{where}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"]
     if section(values, "bf16").get("enabled") and section(values, "fp16").get("enabled"):
         problems.append(f"{where}: bf16 and fp16 are both enabled; keep one")
-    if section(values, "fp16").get("enabled"):
-        problems.append(f"{where}: fp16 is not supported by this trainer; use bf16")
+    if section(values, "fp16").get("enabled") and stage not in (1, 2, 3):
+        problems.append(f"{where}: fp16 at ZeRO stage 0 keeps no fp32 weights that could be saved; use stage 1, 2 or 3")
     if stage == 0 and precision(values) == "bf16":
         problems.append(
             f"{where}: bf16 at ZeRO stage 0 uses a DeepSpeed optimizer whose state cannot be saved; use stage 1"

@@ -13,6 +13,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import deepspeed
@@ -22,11 +23,28 @@ from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
 from minillm.config import RunConfig
 from minillm.training.optim import build_optimizer
-from minillm.training.zero_state import base_optimizer, link_optimizer_states
+from minillm.training.zero_state import base_optimizer, dynamic_loss_scaler, link_optimizer_states
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 
 MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step found, over the global batch.
+
+    Attributes:
+        loss: token-mean cross-entropy.
+        auxiliary: the other terms of the loss by name, before their coefficients.
+        grad_norm: global gradient norm before clipping.
+        expert_counts: [sparse layers, E], tokens each expert got; None without experts.
+    """
+
+    loss: float
+    auxiliary: dict[str, float]
+    grad_norm: float
+    expert_counts: torch.Tensor | None
 
 
 class NonFiniteError(UserError):
@@ -100,40 +118,61 @@ def warm_up(engine, micro_batches: list[MicroBatch]) -> None:
 
 def run_step(
     engine, micro_batches: list[MicroBatch], num_target_tokens: int, learning_rate: float
-) -> tuple[float, float]:
+) -> StepResult:
     """One optimizer step.
+
+    With fp16 the loss is scaled; where a gradient overflows, DeepSpeed lowers the scale and leaves the update out, and
+    the step is taken again on the same batch, so that no batch is lost.
 
     Args:
         micro_batches: this rank's share, gradient_accumulation_steps of them.
         num_target_tokens: target tokens of the global batch (all ranks, all micro-batches).
         learning_rate: of this step, for every group.
 
-    Returns:
-        The token-mean cross-entropy of the global batch, and the global gradient norm before clipping.
-
     Raises:
         NonFiniteError: on every rank, with weights and moments as they were.
     """
     for group in base_optimizer(engine).param_groups:
         group["lr"] = learning_rate
+    while True:
+        result = _attempt_step(engine, micro_batches, num_target_tokens)
+        if not getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
+            return result
+        if not can_scale_lower(engine):
+            raise NonFiniteError(f"the loss is {result.loss:.4f}, but the gradient is not finite")
+
+
+def _attempt_step(engine, micro_batches: list[MicroBatch], num_target_tokens: int) -> StepResult:
     scale = distributed.world_size()  # DeepSpeed averages over the ranks; the loss is already divided by all tokens
-    loss = 0.0
+    total, losses, counts = 0.0, {}, None
     for number, batch in enumerate(micro_batches, 1):
         output = engine(**batch, num_items_in_batch=num_target_tokens)
         engine.backward(output.loss * scale, scale_wrt_gas=False)
-        loss += output.loss.detach().float()
+        total += output.loss.detach().float()
+        losses = {name: losses.get(name, 0.0) + value.detach().float() for name, value in output.losses.items()}
+        if output.expert_counts is not None:
+            counts = output.expert_counts if counts is None else counts + output.expert_counts
         if number < len(micro_batches):
             engine.step()
-    (mean_loss,) = distributed.reduce_sum([float(loss)])
-    if not math.isfinite(mean_loss):
-        raise NonFiniteError(f"the loss is {mean_loss}")
+    total, *values = distributed.reduce_sum([float(total), *map(float, losses.values())])
+    losses = dict(zip(losses, values, strict=True))
+    loss = losses.pop("cross_entropy")
+    if not math.isfinite(total):
+        parts = "".join(f", {name} {value}" for name, value in losses.items())
+        raise NonFiniteError(f"the loss is {total} (cross-entropy {loss}{parts})" if losses else f"the loss is {total}")
     norm = plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
     if norm is not None and not math.isfinite(norm):
-        raise NonFiniteError(f"the loss is {mean_loss:.4f}, but the gradient norm is {norm}")
+        raise NonFiniteError(f"the loss is {loss:.4f}, but the gradient norm is {norm}")
     engine.step()
-    if getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
-        raise NonFiniteError(f"the loss is {mean_loss:.4f}, but the gradient is not finite")
-    return mean_loss, float(engine.get_global_grad_norm()) if norm is None else norm
+    if counts is not None:
+        counts = torch.tensor(distributed.reduce_sum(counts.flatten().tolist())).view(counts.shape)
+    return StepResult(loss, losses, float(engine.get_global_grad_norm()) if norm is None else norm, counts)
+
+
+def can_scale_lower(engine) -> bool:
+    """Whether an overflow was fp16's, whose scale DeepSpeed has just lowered."""
+    scaler = dynamic_loss_scaler(engine)
+    return scaler is not None and scaler.cur_scale > scaler.min_scale
 
 
 def plain_gradient_norm(engine) -> float:

@@ -31,6 +31,7 @@ from minillm.training.build import (
 from minillm.training.deepspeed_config import precision
 from minillm.training.engine import NonFiniteError, build_engine, move_to_device, process_group, run_step
 from minillm.training.engine import warm_up as warm_up_engine
+from minillm.training.experts import update_router_biases
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
 from minillm.training.optim import learning_rate_at
 from minillm.training.plots import draw_loss
@@ -52,6 +53,8 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
     Returns:
         The exit code: 0, or 128 + the signal's number.
     """
+    if precision(deepspeed_config) == "fp16" and distributed.default_device().type == "cpu":
+        raise UserError("fp16 needs a GPU, and this machine has none: use a bf16 JSON, such as ds_configs/zero2.json")
     stop = StopRequest(launched="RANK" in os.environ)
     try:
         data = open_data(run)
@@ -130,7 +133,7 @@ class Trainer:
         self.engine = build_engine(model, run, deepspeed_config)
         peak, origin = peak_flops(torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32)
         say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
-        self.meter = Meter(flops_per_token(config.to_dict(), run.data.seq_len), peak, self.max_steps)
+        self.meter = Meter(flops_per_token(config.fields(), run.data.seq_len), peak, self.max_steps)
         self.state = self.warm_up_and_restore(exact)
         self.saved_step = self.state.step if self.source is not None else None
         self.tracker = distributed.on_rank_zero(lambda: Tracker(run, self.state.step)) or self.tracker
@@ -193,13 +196,14 @@ class Trainer:
         self.lr = learning_rate_at(state.step, self.max_steps, self.config.optim)
         batches = [move_to_device(b, self.engine.device) for b in self.batch.micro_batches]
         try:
-            self.loss, self.grad_norm = run_step(self.engine, batches, max(1, self.num_target_tokens), self.lr)
+            self.result = run_step(self.engine, batches, max(1, self.num_target_tokens), self.lr)
         except NonFiniteError as error:
             last = "none" if self.saved_step is None else f"step {self.saved_step}"
             raise NonFiniteError(
                 f"step {state.step + 1}: {error}. Nothing was updated; the last checkpoint is {last}. "
                 f"Lower optim.learning_rate or optim.gradient_clipping"
             ) from error
+        update_router_biases(self.engine.module, self.result.expert_counts)
         state.step += 1
         state.tokens += self.num_target_tokens
         state.train_seconds += self.meter.end_step(self.num_target_tokens)
@@ -207,10 +211,11 @@ class Trainer:
     def log(self, validated: bool) -> None:
         """One record a step: training, and validation where it is due."""
         record = {
-            "loss": self.loss,
+            "loss": self.result.loss,
             "lr": self.lr,
-            "grad_norm": self.grad_norm,
+            "grad_norm": self.result.grad_norm,
             "tokens": self.state.tokens,
+            **self.result.auxiliary,
             **self.meter.read(),
         }
         if self.state.bad_rows:

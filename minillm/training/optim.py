@@ -14,14 +14,18 @@ from minillm.config import OptimSection
 def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Decay on matrices and embeddings, none on vectors (norm weights and biases), as GPT-3 and Llama do.
 
+    The biases of experts are stacked into matrices and are still biases.
+
     Returns:
         One group for each kind that has parameters, with a `name` (DeepSpeed asks for it).
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = [p.dim() >= 2 and not name.endswith("bias") for name, p in trainable]
     groups = [
-        {"name": "decay", "params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
+        {"name": name, "params": [p for (_, p), d in zip(trainable, decays, strict=True) if d == decay],
+         "weight_decay": weight_decay if decay else 0.0}
+        for name, decay in (("decay", True), ("no_decay", False))
+    ]  # fmt: skip
     return [group for group in groups if group["params"]]
 
 

@@ -21,7 +21,7 @@ from minillm.utils.files import file_lock, write_atomic, write_json
 
 FIXED_KEYS = (
     "seed", "stage", "model.preset", "model.init_from", "data.train", "data.validation", "data.tokenizer",
-    "data.seq_len", "data.packing", "train.train_batch_size",
+    "data.seq_len", "data.packing", "data.stride", "train.train_batch_size",
 )  # fmt: skip
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors", "webdataset", "wandb")
 

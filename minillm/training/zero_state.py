@@ -120,3 +120,25 @@ def reset_optimizer_state(engine, optimizer_step: int) -> None:
     for group in base.param_groups:
         if "step" in group:
             group["step"] = optimizer_step
+
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def dynamic_loss_scaler(engine):
+    """fp16's loss scaler, None in other precisions and with a fixed scale."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def loss_scale_state(engine) -> dict[str, float] | None:
+    """The counters of fp16's dynamic loss scale, None where there is none."""
+    scaler = dynamic_loss_scaler(engine)
+    return None if scaler is None else {name: getattr(scaler, name) for name in _SCALER_STATE}
+
+
+def restore_loss_scale(engine, state: dict[str, float]) -> None:
+    """Set those counters; nothing where a run goes on in another precision."""
+    scaler = dynamic_loss_scaler(engine)
+    for name in _SCALER_STATE if scaler is not None else ():
+        setattr(scaler, name, state[name])

@@ -57,6 +57,10 @@ def test_null_sections_are_absent_ones(demo_run):
         ({"optimizer": {"type": "Adam"}}, ["optimizer belongs to the `optim` section"]),
         ({"curriculum_learning": {}}, ["curriculum_learning was removed"]),
         ({"fp16": {"enabled": True}}, ["both enabled"]),
+        (
+            {"fp16": {"enabled": True}, "bf16": None, "zero_optimization": {"stage": 0}},
+            ["fp16 at ZeRO stage 0", "use stage 1, 2 or 3"],
+        ),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, ["another DeepSpeed"]),
         ({"bf16": {"enabled": "auto"}}, ["bf16.enabled", "may be \"auto\""]),
         ({"zero_allow_untested_optimizer": False}, ["belongs to the trainer"]),
@@ -87,12 +91,13 @@ def test_files_that_are_no_configuration(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
 def test_known_keys_are_deepspeeds_own(path):
     """Every key of a shipped file is one that DeepSpeed's own models accept (they forbid others)."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     values = json.loads(path.read_text())
     DeepSpeedZeroConfig(**{k: v for k, v in values["zero_optimization"].items()})
-    DeepSpeedBF16Config(**values["bf16"])
+    DeepSpeedBF16Config(**values.get("bf16", {}))
+    DeepSpeedFP16Config(**values.get("fp16", {}))
 
 
 @pytest.mark.parametrize(

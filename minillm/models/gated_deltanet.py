@@ -1,0 +1,167 @@
+"""Gated DeltaNet: the linear-attention mixer of Qwen3-Next (Yang, Kautz, Hatamizadeh, arXiv:2412.06464).
+
+Contract: each value head keeps a matrix S [key dim, value dim] and, token by token (the paper's equation 10, written
+for S transposed, with log decay g <= 0 and step size beta),
+
+    S <- exp(g) S;   S <- S + beta k (v - S^T k)^T;   o = S^T q,
+
+with q and k of unit length and q scaled by key_dim ** -0.5. q, k and v come through a short causal convolution. The rule
+comes in two equal forms: `recurrent_gated_delta_rule`, a step a token, for decoding, and `chunked_gated_delta_rule`,
+matrix products over chunks of tokens, for training and prefill. Both compute in fp32.
+
+A `documents` argument is the mixers' mask of linear_attention layers: int64 [B, T], the document of each token, -1 at
+padding; None where each row is one document. State and convolution begin anew where the number changes. Padding, at
+either end of a row, neither decays nor writes the state and enters no convolution; what comes out there is undefined.
+
+Tensors against transformers' Qwen3NextGatedDeltaNet (minillm.interop.deltanet_layout maps them):
+    qkv_proj.weight  rows: q of all key heads, k of all key heads, v of all value heads, each head by head.
+    z_proj.weight    rows: the output gate of all value heads. Theirs is in_proj_qkvz.weight, whose rows are grouped by
+                     key head: for each key head its q, its k, the v of its value heads, the z of its value heads.
+    b_proj, a_proj   [N, D], for beta and the decay. Theirs is in_proj_ba.weight: for each key head the b rows of its
+                     value heads, then the a rows.
+    conv.weight      [channels, 1, kernel], channels in the order of qkv_proj's rows: conv1d.weight as it is.
+    A_log, dt_bias, norm.weight, o_proj.weight (theirs: out_proj.weight): as they are.
+Value head n belongs to key head n // (N / K), consecutive value heads sharing a key head, on both sides.
+
+Shapes: B batch, T time, D hidden, K key heads, N value heads, G = N / K value heads of a key head, H key dim, V value
+dim, C tokens of a chunk, M = B K, F channels of the convolution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
+from minillm.models.linear import Linear
+
+
+class GatedDeltaNet(nn.Module):
+    """The mixer of linear_attention layers."""
+
+    def __init__(self, config: MiniLLMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_key_heads, self.num_value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        key_width, value_width = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
+        self.widths = (key_width, key_width, value_width)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.z_proj = Linear(config.hidden_size, value_width, bias=False)
+        self.b_proj = Linear(config.hidden_size, self.num_value_heads, bias=False)
+        self.a_proj = Linear(config.hidden_size, self.num_value_heads, bias=False)
+        self.conv = CausalConvolution(sum(self.widths), config.linear_conv_kernel_dim)
+        self.A_log = nn.Parameter(torch.zeros(self.num_value_heads))
+        self.dt_bias = nn.Parameter(torch.ones(self.num_value_heads))
+        self.norm = GatedRMSNorm(config, self.value_dim)
+        self.o_proj = Linear(value_width, config.hidden_size, bias=False)
+
+    def init_weights(self, config: MiniLLMConfig) -> None:
+        """Decay rates from uniform(0, 16), as Qwen3-Next's source; away from 0, whose logarithm is -inf."""
+        init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(0.01, 16).log_())
+        init.ones_(self.dt_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]; `positions` are not used, `mask` is the header's `documents`."""
+        length = hidden_states.shape[1]
+        segments = None if mask is None else segments_of(mask)
+        mixed = self.qkv_proj(hidden_states)  # [B, T, F]
+        beta = self.b_proj(hidden_states).float().sigmoid()  # [B, T, N]
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
+        if mask is not None:
+            real = (mask >= 0)[..., None]
+            mixed, beta, g = mixed * real, beta * real, g * real
+        past_inputs = state = None
+        if past_key_values is not None:
+            past_inputs = past_key_values.get_conv_state(self.layer_idx)  # [B, F, kernel or more]
+            state = past_key_values.get_recurrent_state(self.layer_idx)  # [B, N, H, V]
+        convolved = self.conv(mixed, past_inputs, segments)
+        query, key, value = convolved.split(self.widths, dim=-1)
+        query, key = (x.unflatten(-1, (self.num_key_heads, self.key_dim)) for x in (query, key))
+        value = value.unflatten(-1, (self.num_value_heads, self.value_dim))
+        if length == 1:
+            output, state = recurrent_gated_delta_rule(query, key, value, g, beta, state)
+        else:
+            output, state = chunked_gated_delta_rule(query, key, value, g, beta, state, segments)
+        if past_key_values is not None:
+            past_key_values.update_conv_state(
+                mixed.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv.kernel_size
+            )
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        gate = self.z_proj(hidden_states).unflatten(-1, (self.num_value_heads, self.value_dim))
+        return self.o_proj(self.norm(output, gate).flatten(2))
+
+
+class CausalConvolution(nn.Module):
+    """SiLU of a causal convolution of each channel with itself, without bias."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+
+    def init_weights(self, config: MiniLLMConfig) -> None:
+        """Normal, like transformers' initialisation of a Conv1d."""
+        init.normal_(self.weight, mean=0.0, std=config.initializer_range)
+
+    def forward(
+        self, x: torch.Tensor, past: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, T, F] -> [B, T, F] in x's dtype.
+
+        Args:
+            past: [B, F, at least kernel - 1], the inputs before x; absent: zeros.
+            segments: [B, T] as of `segments_of`: a token sees inputs of its own segment alone, and segment 0 the past.
+        """
+        length, reach = x.shape[1], self.kernel_size - 1
+        if past is None:
+            padded = F.pad(x, (0, 0, reach, 0))
+        else:
+            padded = torch.cat((past[..., past.shape[-1] - reach :].transpose(1, 2).to(x.dtype), x), dim=1)
+        weight = self.weight.squeeze(1).float()
+        before = None if segments is None else F.pad(segments, (reach, 0))
+        total = x.float() * weight[:, reach]
+        for tap in range(reach):
+            shifted = padded[:, tap : tap + length].float()
+            if segments is not None:
+                shifted = shifted * (before[:, tap : tap + length] == segments)[..., None]
+            total = total + shifted * weight[:, tap]
+        return F.silu(total).to(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """norm(x) * weight * silu(gate) over the last dimension, in fp32 (Qwen3-Next: the norm before the gate)."""
+
+    def __init__(self, config: MiniLLMConfig, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """[..., V] and [..., V] -> [..., V] in the gate's dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight.float() * F.silu(gate.float())).to(gate.dtype)
+
+
+def segments_of(documents: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> int64 [B, T]: how many documents have begun before each token, not counting the row's first.
+
+    Padding belongs to the document before it, and at the row's start to the one after it: it adds nothing to either.
+    Segment 0 is what goes on from the state and the convolution's past, where there are any.
+    """
+    steps = torch.arange(documents.shape[1], device=documents.device)
+    last_real = torch.where(documents >= 0, steps, 0).cummax(1).values  # the token itself, or the last real one
+    filled = documents.gather(1, last_real)
+    begins = (filled[:, 1:] != filled[:, :-1]) & (filled[:, :-1] >= 0)
+    return F.pad(begins.long().cumsum(1), (1, 0))
