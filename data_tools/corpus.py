@@ -256,7 +256,10 @@ def _border_before(text: str, num_bytes: int) -> int:
 
 
 def build_synthetic(
-    out: Path, num_documents: int = 20_000, seed: int = 0, tasks: Sequence[str] = tuple(TASKS),
+    out: Path,
+    num_documents: int = 20_000,
+    seed: int = 0,
+    tasks: Sequence[str] = tuple(TASKS),
     validation_fraction: float = 0.05,
 ) -> JsonlFiles:
     """Write documents of `tasks` and summary.json into `out`.
@@ -266,7 +269,8 @@ def build_synthetic(
     Raises:
         UserError: an unknown task, a fraction outside (0, 1), too few documents for both halves.
     """
-    if unknown := [task for task in tasks if task not in TASKS] or not tasks:
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
         raise UserError(f"--tasks names {unknown or 'none'}: valid are {','.join(TASKS)}")
     if len(set(tasks)) < len(tasks):
         raise UserError(f"--tasks names a task twice: {','.join(tasks)}")

@@ -60,7 +60,8 @@ def export(run: str | Path, out: Path, format: str = "hf", dtype: str = "fp32") 
 
     folder = resolve_model_folder(run)
     tokenizer = load_tokenizer(folder)
-    model, needs_code = _as_format(load_model_folder(folder, device="cpu", dtype=dtype), format)
+    model, needs_code = _as_format(load_model_folder(folder, device="cpu", dtype="fp32"), format)
+    _cast_parameters(model, dtype)
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -89,6 +90,15 @@ def _as_format(model: PreTrainedModel, format: str) -> tuple[PreTrainedModel, bo
     if lost := FAMILIES[family].left_out(model.config.fields()):
         say(f"left out, because {FAMILIES[family].config_name} has no such setting of training: {', '.join(lost)}")
     return to_transformers(model), False
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: str) -> None:
+    """Parameters alone: buffers, the balancing biases of routers, change by less than bf16 can hold."""
+    import torch
+
+    model.config.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(model.config.dtype)
 
 
 def _write(

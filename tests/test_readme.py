@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from minillm.accounting import num_parameters
+from minillm.accounting import cache_bytes, flops_per_token, num_parameters
 from minillm.presets import PRESETS
 from tests.launching import ROOT, TIMEOUT, environment
 from tests.training.tiny_data import sentences
@@ -27,6 +27,17 @@ def test_links_lead_to_files():
 def test_parameter_counts_are_the_codes():
     for name, millions in re.findall(r"\| `(demo|dense-26m)` \| ([\d.]+)M:", README):
         assert f"{num_parameters(PRESETS[name])['total'] / 1e6:.1f}" == millions
+
+
+def test_the_table_of_architectures_is_the_codes():
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+)M \| ([\d.]+)M \| ([\d.]+) \| ([\d,]+) \|", README, flags=re.MULTILINE)
+    assert {row[0] for row in rows} == set(PRESETS) - {"demo"}
+    for name, *numbers in rows:
+        fields = PRESETS[name]
+        counts, length = num_parameters(fields), min(512, fields["max_position_embeddings"])
+        millions = [f"{counts[key] / 1e6:.1f}" for key in ("total", "active")]
+        operations = f"{flops_per_token(fields, length) / 1e9:.2f}"
+        assert numbers == [*millions, operations, f"{cache_bytes(fields, length) // length:,}"], name
 
 
 def test_no_placeholder_is_left():

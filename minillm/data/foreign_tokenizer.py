@@ -231,9 +231,9 @@ def in_onigurumas_syntax(pattern: str) -> str:
     Two things mean something else there: `{1,3}+` repeats the group instead of making it possessive, and `$` also
     stands before a line's end.
     """
-    atom = r"(?:\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[\](){}|])"
-    pattern = re.sub(rf"({atom}\{{\d+(?:,\d*)?\}})\+", r"(?>\1)", pattern)
-    return re.sub(r"(?<!\\)\$", r"\\z", pattern)
+    escaped_or_class = r"\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]"
+    pattern = re.sub(rf"((?:{escaped_or_class}|[^\\\[\](){{}}|])\{{\d+(?:,\d*)?\}})\+", r"(?>\1)", pattern)
+    return re.sub(rf"{escaped_or_class}|\$", lambda found: r"\z" if found[0] == "$" else found[0], pattern)
 
 
 def from_ranks(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from minillm.interop.families import FAMILIES, require_known_family, require_native_family
@@ -31,8 +32,7 @@ def from_transformers(source: PreTrainedModel | str | Path) -> MiniLLMForCausalL
     if isinstance(source, (str, Path)):
         folder = Path(source)
         family = require_known_family(_model_type(folder), folder / "config.json")
-        _say_left_out_of_folder(folder, family)
-        native, place = load_strictly(family.model_class, folder), str(folder)
+        native, place = load_strictly(family.model_class, folder, _left_out_of_folder(folder, family)), str(folder)
     else:
         native, place = source, type(source).__name__
         family = require_known_family(getattr(getattr(native, "config", None), "model_type", None), place)
@@ -74,7 +74,7 @@ def load_config_as_minillm(folder: Path) -> MiniLLMConfig:
     if model_type == MiniLLMConfig.model_type:
         return MiniLLMConfig.from_pretrained(folder)
     family = _trainable_family(model_type, folder)
-    return family.config_to_ours(family.config_class.from_pretrained(folder))
+    return family.config_to_ours(_read_config(family, folder))
 
 
 def load_as_minillm(folder: Path) -> MiniLLMForCausalLM:
@@ -111,9 +111,16 @@ def _model_type(folder: Path) -> object:
     return values.get("model_type") if isinstance(values, dict) else None
 
 
-def _say_left_out_of_folder(folder: Path, family: Family) -> None:
-    """Published DeepSeek-V3 and Qwen3-Next folders hold weights their class passes over without a word."""
-    layers = read_json(folder / "config.json").get("num_hidden_layers")
-    extra = [name for name in stored_tensors(folder) if name.startswith(("mtp.", f"model.layers.{layers}."))]
-    if extra:
-        say(f"left out: {len(extra)} weights of multi-token prediction in {folder}, which {family.model_name} lacks")
+def _read_config(family: Family, folder: Path) -> PretrainedConfig:
+    try:
+        return family.config_class.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'} is no {family.config_name}: {error}") from error
+
+
+def _left_out_of_folder(folder: Path, family: Family) -> tuple[str, ...]:
+    """How the names of a folder's multi-token weights begin; a line says how many there are."""
+    prefixes = family.multi_token(_read_config(family, folder))
+    if extra := sum(name.startswith(prefixes) for name in stored_tensors(folder)):
+        say(f"left out: {extra} weights of multi-token prediction in {folder}, which {family.model_name} lacks")
+    return prefixes

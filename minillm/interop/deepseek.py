@@ -97,6 +97,13 @@ RULES = (
     ATTENTION_RULE,
     Rule.rename("model.layers.*.mlp.shared_expert.**", "model.layers.*.mlp.shared_experts.**"),
 )
+
+
+def _multi_token(config) -> tuple[str, ...]:
+    first = config.num_hidden_layers
+    return tuple(f"model.layers.{i}." for i in range(first, first + config.num_nextn_predict_layers))
+
+
 DEEPSEEK_V3 = Family(
     "deepseek_v3", "DeepseekV3Config", "DeepseekV3ForCausalLM",
     names=NAMES,
@@ -109,4 +116,5 @@ DEEPSEEK_V3 = Family(
     carried=("mlp_layer_types", "shared_expert_intermediate_size", "head_dim"),
     problems=_problems,
     rules=lambda config: RULES,
+    multi_token=_multi_token,
 )  # fmt: skip

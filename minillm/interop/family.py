@@ -81,6 +81,7 @@ class Family:
         write: our fields -> the rest of theirs.
         problems: further reasons why a config of ours is not of this family.
         carried: our fields that `read` and `write` convert.
+        multi_token: how the names of weights of multi-token prediction begin in published folders.
     """
 
     model_type: str
@@ -97,6 +98,7 @@ class Family:
     write: Callable[[Fields], dict[str, object]] = nothing
     problems: Callable[[Fields], list[str]] = lambda fields: []
     carried: tuple[str, ...] = ()
+    multi_token: Callable[[PretrainedConfig], tuple[str, ...]] = lambda config: ()
 
     @property
     def config_class(self) -> type[PretrainedConfig]:

@@ -62,7 +62,7 @@ def _usage(name: str, needs_code: bool) -> str:
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
         'inputs = tokenizer("Once", return_tensors="pt")\n'
         f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0])){chat}"
     )

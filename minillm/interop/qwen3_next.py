@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from minillm.interop.deltanet_layout import SAME_TENSORS, join_ba, join_qkvz, split_ba, split_qkvz
 from minillm.interop.family import (
     DENSE,
     EXPERT_NAMES,
@@ -65,31 +64,19 @@ def _rules_of_layer(layer: int, kind: str) -> list[Rule]:
     theirs = f"{theirs}.linear_attn"
     return [
         Rule(
-            tuple(f"{ours}.{name}.weight" for name in ("qkv_proj", "z_proj", "b_proj", "a_proj")),
-            tuple(f"{theirs}.{name}.weight" for name in ("in_proj_qkvz", "in_proj_ba")),
-            _group,
-            _ungroup,
+            (f"{ours}.qkv_proj.weight", f"{ours}.z_proj.weight"),
+            (f"{theirs}.in_proj_qkvz.weight",),
+            lambda config, qkv, z: [join_qkvz(qkv, z, vars(config))],
+            lambda config, qkvz: split_qkvz(qkvz, vars(config)),
         ),
-        Rule.rename(f"{ours}.conv.weight", f"{theirs}.conv1d.weight"),
-        Rule.rename(f"{ours}.o_proj.weight", f"{theirs}.out_proj.weight"),
-        Rule.rename(f"{ours}.**", f"{theirs}.**"),
+        Rule(
+            (f"{ours}.b_proj.weight", f"{ours}.a_proj.weight"),
+            (f"{theirs}.in_proj_ba.weight",),
+            lambda config, b, a: [join_ba(b, a, vars(config))],
+            lambda config, ba: split_ba(ba, vars(config)),
+        ),
+        *(Rule.rename(f"{ours}.{our}", f"{theirs}.{their}") for our, their in SAME_TENSORS.items()),
     ]
-
-
-def _group(config, qkv: torch.Tensor, z: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
-    keys, key_width = config.linear_num_key_heads, config.linear_num_key_heads * config.linear_key_head_dim
-    q, k, v = qkv.split((key_width, key_width, z.shape[0]))
-    by_head = lambda *parts: torch.cat([x.unflatten(0, (keys, -1)) for x in parts], dim=1).flatten(0, 1)  # noqa: E731
-    return [by_head(q, k, v, z), by_head(b, a)]
-
-
-def _ungroup(config, qkvz: torch.Tensor, ba: torch.Tensor) -> list[torch.Tensor]:
-    keys, key = config.linear_num_key_heads, config.linear_key_head_dim
-    values = config.linear_num_value_heads // keys
-    value = values * config.linear_value_head_dim
-    q, k, v, z = (x.flatten(0, 1) for x in qkvz.unflatten(0, (keys, -1)).split((key, key, value, value), dim=1))
-    b, a = (x.flatten(0, 1) for x in ba.unflatten(0, (keys, -1)).split((values, values), dim=1))
-    return [torch.cat((q, k, v)), z, b, a]
 
 
 QWEN3_NEXT = Family(
@@ -105,4 +92,5 @@ QWEN3_NEXT = Family(
     carried=("layer_types", "mlp_layer_types", "partial_rotary_factor", *LINEAR_NAMES),
     problems=_problems,
     rules=_rules,
+    multi_token=lambda config: ("mtp.",),
 )  # fmt: skip

@@ -81,7 +81,10 @@ def _convert(
         if len(names) < len(sources):  # the check that follows names what is missing
             converted |= {name: weights[name] for name in names.values()}
             continue
-        changed = change(config, *(weights[names[i]] for i in range(len(sources))))
+        try:
+            changed = change(config, *(weights[names[i]] for i in range(len(sources))))
+        except ValueError as error:
+            raise UserError(f"{', '.join(names.values())} cannot be converted: {error}") from error
         converted |= {_fill_stars(target, stars): tensor for target, tensor in zip(targets, changed, strict=True)}
     return converted
 
@@ -122,8 +125,13 @@ def fill(model: PreTrainedModel, weights: Weights, place: str) -> PreTrainedMode
     return model.to(weights[table].device).eval()
 
 
-def load_strictly(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+def load_strictly(
+    model_class: type[PreTrainedModel], folder: Path, passed_over: tuple[str, ...] = ()
+) -> PreTrainedModel:
     """A model from a folder through its class's own loading, which also knows how published checkpoints are laid out.
+
+    Args:
+        passed_over: how the names of weights begin that may be there though the class has no place for them.
 
     Raises:
         UserError: no or damaged safetensors, or weights that do not fit the config.
@@ -143,7 +151,7 @@ def load_strictly(model_class: type[PreTrainedModel], folder: Path) -> PreTraine
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as {model_class.__name__}: {error}") from error
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"extra {name}" for name in sorted(info["unexpected_keys"])]
+    problems += [f"extra {name}" for name in sorted(info["unexpected_keys"]) if not name.startswith(passed_over)]
     problems += [
         f"{name} has shape {list(there)}, the config says {list(wanted)}"
         for name, there, wanted in sorted(info["mismatched_keys"])

@@ -20,7 +20,7 @@ Where a new segment (document) begins, a token sees and corrects only its own se
 reaches only the first segment, and only the last segment's writes go out: masks on the four decays above.
 
 Shapes: B batch, T time, K key heads, N value heads, G = N / K value heads of a key head, H key dim, V value dim,
-C tokens of a chunk, n chunks, M = B K.
+C tokens of a chunk, n chunks, p chunks of a part, M = B K.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def recurrent_gated_delta_rule(
         o [B, T, N, V] in v's dtype, and the last state [B, N, H, V] in fp32 (fp64).
     """
     groups, dtype = v.shape[2] // k.shape[2], torch.promote_types(v.dtype, torch.float32)
-    q, k = normalised(q.to(dtype), k.to(dtype))
+    q, k = (x.to(dtype) * torch.rsqrt(x.to(dtype).square().sum(-1, keepdim=True) + NORM_EPS) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
     q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))  # [B, T, N, H]
     wide, decay, beta = v.to(dtype), g.to(dtype).exp(), beta.to(dtype)
     state = first_state(initial_state, k, wide)
@@ -96,8 +97,7 @@ def chunked_gated_delta_rule(
     if segments is None and flash_chunks is not None and v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
         return flash_gated_delta_rule(q, k, v, g, beta, initial_state)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    q, k = normalised(q.to(dtype), k.to(dtype))
-    wide, g, beta = v.to(dtype), g.to(dtype), beta.to(dtype)
+    q, k, wide, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     state = first_state(initial_state, k, wide)
     # A power of two, so that a short prompt is not padded to a whole chunk and few shapes are compiled.
     size = min(chunk_size, 1 << (v.shape[1] - 1).bit_length())
@@ -128,12 +128,6 @@ def flash_gated_delta_rule(
     )
 
 
-def normalised(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k at unit length over the last dimension, q times its dimension ** -0.5."""
-    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS) for x in (q, k))
-    return q * q.shape[-1] ** -0.5, k
-
-
 def first_state(initial: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[B, N, H, V] in v's dtype: `initial`, or zeros."""
     if initial is not None:
@@ -142,110 +136,175 @@ def first_state(initial: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) 
 
 
 class _Chunks(torch.autograd.Function):
-    """The chunked rule over normalised q and k, with its derivative written out.
+    """The chunked rule over unnormalised q and k, with its derivative written out.
 
-    Written out because autograd would keep some twenty tensors of the size of v where seven do, and would fill a
-    whole gradient for each chunk of each of them.
+    Written out because autograd would keep some twenty tensors of the size of v where eight do, and would fill a
+    whole gradient for each chunk of each of them. Chunks are worked on in parts (see `_parts`): first what each chunk
+    of a part needs by itself, then the states one after the other.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, segments, size):
-        (batch, length, key_heads, key_dim), (value_heads, value_dim) = k.shape, v.shape[2:]
-        groups = value_heads // key_heads
-        qk = torch.cat((_key_chunks(q, size), _key_chunks(k, size)), dim=2)  # [n, M, 2C, H]
-        v = _value_chunks(v, key_heads, size)  # [n, M, G, C, V]
-        g, beta = (_value_chunks(x[..., None], key_heads, size) for x in (g, beta))  # [n, M, G, C, 1]
-        pairs, incoming, outgoing, kept = _decays(g, segments, batch, size)
-        scores = qk @ qk[:, :, size:].mT  # [n, M, 2C, C]
-        within = scores[:, :, None, :size] * pairs
-        inverse = _inverse(scores[:, :, None, size:] * pairs * beta)
-        state = state.unflatten(1, (key_heads, groups)).flatten(0, 1).transpose(1, 2).flatten(2)  # [M, H, G V]
-        states, written, outputs = [], torch.empty_like(v), torch.empty_like(v)
-        for i in range(v.shape[0]):
-            states.append(state)
-            read = _by_head(qk[i] @ state, groups)  # [M, G, 2C, V]
-            rest = (v[i] - incoming[i] * read[:, :, size:]).mul_(beta[i])
-            torch.matmul(inverse[i], rest, out=written[i])
-            torch.matmul(within[i], written[i], out=outputs[i])
-            outputs[i].addcmul_(incoming[i], read[:, :, :size])
-            update = _side_by_side(written[i] * outgoing[i])  # [M, C, G V]
-            state = torch.baddbmm(_scaled(state, kept[i]), qk[i, :, size:].mT, update)
-        ctx.save_for_backward(
-            qk, v, beta, pairs, incoming, outgoing, kept, scores, inverse, torch.stack(states), written
-        )
-        ctx.size, ctx.shape = size, (batch, length, key_heads)
-        return _value_tokens(outputs, ctx.shape), _state_by_head(state, key_heads, groups)
+        batch, length, heads = k.shape[:3]
+        groups = v.shape[2] // heads
+        ctx.size, ctx.shape = size, (batch, length, heads)
+        output = v.new_empty(batch, length + -length % size, *v.shape[2:])
+        into = _chunked(output, heads, size)
+        q, k, v, g, beta = (_chunked(x, heads, size) for x in (q, k, v, g[..., None], beta[..., None]))
+        decays = _decays(g.flatten(1, 2), segments, batch, size)
+        state = state.unflatten(1, (heads, groups)).flatten(0, 1).transpose(1, 2).flatten(2)  # [M, H, G V]
+        saved = []
+        for part in _parts(len(v), output.device):
+            qk, lengths = _normalised(torch.cat((q[part], k[part]), dim=-2).flatten(1, 3))  # [p, M, 2C, H]
+            values, steps = v[part].flatten(1, 2), beta[part].flatten(1, 2)  # [p, M, G, C, V], [p, M, G, C, 1]
+            incoming, outgoing, kept, pairs = _decays_of(part, decays, batch)
+            scores = qk @ qk[:, :, size:].mT  # [p, M, 2C, C]
+            within = scores[:, :, None, :size] * pairs
+            inverse = _inverse((scores[:, :, None, size:] * pairs).mul_(steps))
+            states, written, outputs = [], torch.empty_like(values), torch.empty_like(values)
+            for i in range(len(values)):
+                states.append(state)
+                read = _by_head(qk[i] @ state, groups)  # [M, G, 2C, V]
+                rest = (values[i] - incoming[i] * read[:, :, size:]).mul_(steps[i])
+                torch.matmul(inverse[i], rest, out=written[i])
+                torch.matmul(within[i], written[i], out=outputs[i])
+                outputs[i].addcmul_(incoming[i], read[:, :, :size])
+                update = _side_by_side(written[i] * outgoing[i])  # [M, C, G V]
+                state = torch.baddbmm(_scaled(state, kept[i]), qk[i, :, size:].mT, update)
+            into[part] = outputs.unflatten(1, (batch, heads))
+            states = _stacked(states)
+            saved += [qk, lengths, values, steps, incoming, outgoing, kept, pairs, scores, inverse, states, written]
+        ctx.save_for_backward(*saved)
+        return output[:, :length], _state_by_head(state, heads, groups)
 
     @staticmethod
     def backward(ctx, d_output, d_state):
-        qk, v, beta, pairs, incoming, outgoing, kept, scores, inverse, states, written = ctx.saved_tensors
-        size, (_, _, key_heads) = ctx.size, ctx.shape
-        k, groups = qk[:, :, size:], v.shape[2]
-        d_output = _value_chunks(d_output, key_heads, size)
-        d_state = d_state.unflatten(1, (key_heads, groups)).flatten(0, 1).transpose(1, 2).flatten(2)  # [M, H, G V]
-        d_written = (scores[:, :, None, :size] * pairs).mT @ d_output  # [n, M, G, C, V]
-        d_rest, d_outgoing, d_kept = torch.empty_like(v), torch.empty_like(beta), torch.empty_like(kept)
-        d_reads, d_states = [None] * len(v), [None] * len(v)
-        for i in reversed(range(len(v))):
-            d_states[i] = d_state
-            d_update = _by_head(k[i] @ d_state, groups)  # [M, G, C, V]
-            d_outgoing[i] = (written[i] * d_update).sum(-1, keepdim=True)
-            torch.matmul(inverse[i].mT, d_written[i].addcmul_(outgoing[i], d_update), out=d_rest[i])
-            d_read = torch.cat((incoming[i] * d_output[i], -(incoming[i] * beta[i]) * d_rest[i]), dim=2)
-            d_reads[i] = _side_by_side(d_read)  # [M, 2C, G V]
-            d_kept[i] = _by_head(states[i] * d_state, groups).sum((-1, -2), keepdim=True)
-            d_state = torch.baddbmm(_scaled(d_state, kept[i]), qk[i].mT, d_reads[i])
-        d_reads, d_states = torch.stack(d_reads), torch.stack(d_states)
-
-        read = _by_head(qk @ states, groups)  # [n, M, G, 2C, V]
-        d_beta = (d_rest * (v - incoming * read[..., size:, :])).sum(-1, keepdim=True)
-        d_incoming = (d_output * read[..., :size, :]).sum(-1, keepdim=True)
-        d_incoming -= beta * (d_rest * read[..., size:, :]).sum(-1, keepdim=True)
-        d_within = (d_output @ written.mT).mul_(pairs)  # [n, M, G, C, C], times the decays
-        d_system = (d_rest @ written.mT).neg_().tril_(-1).mul_(pairs)
-        d_scores = torch.cat((d_within.sum(2), (d_system * beta).sum(2)), dim=2)  # [n, M, 2C, C]
-        d_system.mul_(scores[:, :, None, size:])
-        d_beta += d_system.sum(-1, keepdim=True)
-        d_pairs = d_within.mul_(scores[:, :, None, :size]).addcmul_(d_system, beta)
-        d_sums = d_pairs.sum(-1, keepdim=True) - d_pairs.sum(-2)[..., None] + d_incoming * incoming
-        d_outgoing *= outgoing
-        d_sums -= d_outgoing
-        d_sums[..., -1:, :] += d_outgoing.sum(-2, keepdim=True) + d_kept * kept
-
-        d_qk = d_reads @ states.mT + d_scores @ k  # [n, M, 2C, H]
-        d_k = d_qk[:, :, size:] + d_scores.mT @ qk + _side_by_side(written * outgoing) @ d_states.mT
-        d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
-        d_q, d_k = (_key_tokens(x, ctx.shape) for x in (d_qk[:, :, :size], d_k))
-        d_v, d_g, d_beta = (_value_tokens(x, ctx.shape) for x in (d_rest * beta, d_g, d_beta))
-        return d_q, d_k, d_v, d_g[..., 0], d_beta[..., 0], _state_by_head(d_state, key_heads, groups), None, None
+        saved, size, (batch, length, heads) = ctx.saved_tensors, ctx.size, ctx.shape
+        groups, kinds = d_state.shape[1] // heads, 12
+        rows = (batch, length + -length % size)
+        d_state = d_state.unflatten(1, (heads, groups)).flatten(0, 1).transpose(1, 2).flatten(2)  # [M, H, G V]
+        gradients = [
+            d_output.new_empty(*rows, count, width)
+            for count, width in (
+                (heads, saved[0].shape[-1]),
+                (heads, saved[0].shape[-1]),
+                d_output.shape[2:],
+                (heads * groups, 1),
+                (heads * groups, 1),
+            )
+        ]
+        d_output = _chunked(d_output, heads, size)
+        into = [_chunked(x, heads, size) for x in gradients]  # of q, k, v, g, beta: [n, B, K, 1 or G, C, X]
+        parts = _parts(len(d_output), d_output.device)
+        for number, part in reversed(list(enumerate(parts))):
+            tensors = saved[number * kinds : (number + 1) * kinds]
+            d_state, d_qk, *d_values = _part_backward(tensors, d_output[part].flatten(1, 2), d_state, size)
+            d_keys = (x[:, :, None] for x in d_qk.split(size, dim=2))
+            for whole, gradient in zip(into, (*d_keys, *d_values)):
+                whole[part] = gradient.unflatten(1, (batch, heads))
+        d_q, d_k, d_v, d_g, d_beta = (x[:, :length] for x in gradients)
+        return d_q, d_k, d_v, d_g[..., 0], d_beta[..., 0], _state_by_head(d_state, heads, groups), None, None
 
 
-def _decays(g: torch.Tensor, segments: torch.Tensor | None, batch: int, size: int) -> tuple[torch.Tensor, ...]:
-    """What is left of one token's write, of the incoming state, of a write at the chunk's end, of the state there.
+def _part_backward(saved: tuple[torch.Tensor, ...], d_output: torch.Tensor, d_state: torch.Tensor, size: int):
+    """Gradients of a part's first state, qk, values, decays g and steps, from those of its outputs and last state."""
+    qk, lengths, values, steps, incoming, outgoing, kept, pairs, scores, inverse, states, written = saved
+    groups, k = values.shape[2], qk[:, :, size:]
+    # The states, from the last chunk to the first.
+    d_written = (scores[:, :, None, :size] * pairs).mT @ d_output  # [p, M, G, C, V]
+    d_rest, d_outgoing, d_kept = torch.empty_like(values), torch.empty_like(steps), torch.empty_like(kept)
+    d_reads = values.new_empty(len(values), qk.shape[1], 2, size, groups, values.shape[-1])
+    d_reads_by_head, d_reads = d_reads.transpose(3, 4), d_reads.flatten(4).flatten(2, 3)  # the latter [p, M, 2C, G V]
+    d_states = []
+    for i in reversed(range(len(values))):
+        d_states.append(d_state)
+        d_update = _by_head(k[i] @ d_state, groups)  # [M, G, C, V]
+        d_outgoing[i] = (written[i] * d_update).sum(-1, keepdim=True)
+        torch.matmul(inverse[i].mT, d_written[i].addcmul_(outgoing[i], d_update), out=d_rest[i])
+        d_reads_by_head[i, :, 0] = d_output[i] * incoming[i]
+        d_reads_by_head[i, :, 1] = d_rest[i] * -(incoming[i] * steps[i])
+        d_kept[i] = _by_head(states[i] * d_state, groups).sum((-1, -2), keepdim=True)
+        d_state = torch.baddbmm(_scaled(d_state, kept[i]), qk[i].mT, d_reads[i])
+    d_states = _stacked(d_states[::-1])
+    # What each chunk did by itself.
+    read = _by_head(qk @ states, groups)  # [p, M, G, 2C, V]
+    d_steps = (d_rest * (values - incoming * read[..., size:, :])).sum(-1, keepdim=True)
+    d_incoming = (d_output * read[..., :size, :]).sum(-1, keepdim=True)
+    d_incoming -= steps * (d_rest * read[..., size:, :]).sum(-1, keepdim=True)
+    d_within = (d_output @ written.mT).mul_(pairs)  # [p, M, G, C, C], times the decays
+    d_system = (d_rest @ written.mT).neg_().tril_(-1).mul_(pairs)
+    d_scores = torch.cat((d_within.sum(2), (d_system * steps).sum(2)), dim=2)  # [p, M, 2C, C]
+    d_system.mul_(scores[:, :, None, size:])
+    d_steps += d_system.sum(-1, keepdim=True)
+    d_pairs = d_within.mul_(scores[:, :, None, :size]).addcmul_(d_system, steps)
+    d_sums = d_pairs.sum(-1, keepdim=True) - d_pairs.sum(-2)[..., None] + d_incoming * incoming
+    d_outgoing *= outgoing
+    d_sums -= d_outgoing
+    d_sums[..., -1:, :] += d_outgoing.sum(-2, keepdim=True) + d_kept * kept
+    d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
+    # q and k: by the reads, the scores, the written updates, and last through their norms.
+    d_qk = d_reads @ states.mT + d_scores @ k  # [p, M, 2C, H]
+    d_qk[:, :, size:] += d_scores.mT @ qk
+    d_qk[:, :, size:] += _side_by_side(written * outgoing) @ d_states.mT
+    along = (d_qk * qk).sum(-1, keepdim=True)
+    along[:, :, :size] *= qk.shape[-1]
+    d_qk = d_qk.addcmul_(qk, along, value=-1).mul_(lengths)
+    return d_state, d_qk, d_rest * steps, d_g, d_steps
 
-    Args:
-        g: [n, M, G, C, 1]; segments: [B, T] or None.
+
+def _parts(count: int, device: torch.device) -> list[slice]:
+    """Chunks worked on together: one by one on CPUs, whose caches hold a chunk of all heads; elsewhere all at once."""
+    together = 1 if device.type == "cpu" and not torch.compiler.is_compiling() else count
+    return [slice(start, start + together) for start in range(0, count, together)]
+
+
+def _normalised(qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q over k [p, M, 2C, H] at unit length, q times H ** -0.5, in place; and what each was multiplied by."""
+    lengths = (qk.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt_()
+    lengths[:, :, : qk.shape[2] // 2] *= qk.shape[-1] ** -0.5
+    return qk.mul_(lengths), lengths
+
+
+def _decays(g: torch.Tensor, segments: torch.Tensor | None, batch: int, size: int):
+    """The running sums of g [n, M, G, C, 1], and the decays of one value a token.
 
     Returns:
-        [n, M, G, C, C] (read by row, written by column), [n, M, G, C, 1], [n, M, G, C, 1], [n, M, G, 1, 1]. All lie
-        between 0 and 1.
+        The sums of the whole and of the fractional parts of g, [n, M, G, C, 1] each: one sum over strong decays would
+        lose the weak ones in rounding. Then what is left, from 0 to 1, of the incoming state at each token, of each
+        token's write at the chunk's end, both [n, M, G, C, 1], and of the incoming state there, [n, M, G, 1, 1]. Last,
+        bool [n, B, 1, 1, C, C], which pairs are of one segment, or None.
     """
-    sums = g.cumsum(-2)
-    last = sums[..., -1:, :]
-    pairs = _exp(sums - sums.mT).tril_()
-    incoming, outgoing, kept = _exp(sums.clone()), _exp(last - sums), _exp(last.clone())
-    if segments is not None:
-        short = -segments.shape[1] % size
-        segments = torch.cat((segments, segments[:, -1:].expand(-1, short)), dim=1)
-        segments = segments.view(batch, -1, size).transpose(0, 1)[:, :, None, None, :, None]  # [n, B, 1, 1, C, 1]
-        end = segments[..., -1:, :]
-        begin = torch.cat((torch.zeros_like(end[:1]), end[:-1]))  # the segment the incoming state belongs to
-        pairs.unflatten(1, (batch, -1)).mul_(segments == segments.mT)
-        incoming, outgoing, kept = (
-            (x.unflatten(1, (batch, -1)) * same).flatten(1, 2)
-            for x, same in ((incoming, segments == begin), (outgoing, segments == end), (kept, end == begin))
-        )
-    return pairs, incoming, outgoing, kept
+    g = g.clamp(min=-FORGOTTEN)
+    whole = g.round()
+    fraction, whole = (g - whole).cumsum(-2), whole.cumsum(-2)
+    incoming = _exp(whole + fraction)
+    outgoing = _exp((whole[..., -1:, :] - whole).add_(fraction[..., -1:, :] - fraction))
+    kept = incoming[..., -1:, :]
+    if segments is None:
+        return whole, fraction, incoming, outgoing, kept, None
+    short = -segments.shape[1] % size
+    segments = torch.cat((segments, segments[:, -1:].expand(-1, short)), dim=1)
+    segments = segments.view(batch, -1, size).transpose(0, 1)[:, :, None, None, :, None]  # [n, B, 1, 1, C, 1]
+    end = segments[..., -1:, :]
+    begin = torch.cat((torch.zeros_like(end[:1]), end[:-1]))  # the segment the incoming state belongs to
+    incoming, outgoing, kept = (
+        (x.unflatten(1, (batch, -1)) * same).flatten(1, 2)
+        for x, same in ((incoming, segments == begin), (outgoing, segments == end), (kept, end == begin))
+    )
+    return whole, fraction, incoming, outgoing, kept, segments == segments.mT
+
+
+def _decays_of(part: slice, decays: tuple[torch.Tensor | None, ...], batch: int) -> list[torch.Tensor]:
+    """Of a part: the decays of one value a token, and what is left of one token's write at another.
+
+    The last is [p, M, G, C, C], read by row, written by column, from 0 to 1, and 0 above the diagonal.
+    """
+    whole, fraction, *of_tokens, same = decays
+    whole, fraction = whole[part], fraction[part]
+    pairs = _exp((whole - whole.mT).add_(fraction).sub_(fraction.mT)).tril_()
+    if same is not None:
+        pairs.unflatten(1, (batch, -1)).mul_(same[part])
+    return [*(x[part] for x in of_tokens), pairs]
 
 
 def _exp(x: torch.Tensor) -> torch.Tensor:
@@ -254,38 +313,26 @@ def _exp(x: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(system: torch.Tensor) -> torch.Tensor:
-    """(I + the part of `system` below the diagonal) ** -1, [..., C, C]. Its entries are bounded: see the rule's form."""
+    """(I + the part of `system` below the diagonal) ** -1, [..., C, C].
+
+    Its entries stay within -1 and 1: each is a key, taken through the steps I - beta k k^T between, times a key.
+    """
     identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
     return torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
 
 
-def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, T, heads, X] with zeros up to whole chunks: tokens that neither decay nor write."""
-    short = -x.shape[1] % size
-    return F.pad(x, (0, 0, 0, 0, 0, short)) if short else x
+def _chunked(x: torch.Tensor, key_heads: int, size: int) -> torch.Tensor:
+    """[B, T, K or N, X] -> [n, B, K, 1 or G, C, X]: a view where chunks fill T, else padded with zeros.
+
+    Zeros are tokens that neither decay nor write.
+    """
+    if short := -x.shape[1] % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, short))
+    return x.unflatten(2, (key_heads, -1)).unflatten(1, (-1, size)).permute(1, 0, 3, 4, 2, 5)
 
 
-def _key_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, T, K, H] -> [n, M, C, H]."""
-    return _padded(x, size).unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-
-def _key_tokens(x: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """[n, M, C, H] -> [B, T, K, H]."""
-    batch, length, heads = shape
-    return x.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
-
-
-def _value_chunks(x: torch.Tensor, key_heads: int, size: int) -> torch.Tensor:
-    """[B, T, N, X] -> [n, M, G, C, X], contiguous."""
-    x = _padded(x, size).unflatten(2, (key_heads, -1)).unflatten(1, (-1, size))  # [B, n, C, K, G, X]
-    return x.permute(1, 0, 3, 4, 2, 5).contiguous().flatten(1, 2)
-
-
-def _value_tokens(x: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """[n, M, G, C, X] -> [B, T, N, X]."""
-    batch, length, heads = shape
-    return x.unflatten(1, (batch, heads)).permute(1, 0, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _by_head(x: torch.Tensor, groups: int) -> torch.Tensor:

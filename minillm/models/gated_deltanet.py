@@ -1,15 +1,10 @@
 """Gated DeltaNet: the linear-attention mixer of Qwen3-Next (Yang, Kautz, Hatamizadeh, arXiv:2412.06464).
 
-Contract: each value head keeps a matrix S [key dim, value dim] and, token by token (the paper's equation 10, written
-for S transposed, with log decay g <= 0 and step size beta),
+Contract: q, k and v come through a short causal convolution and SiLU, a decay and a step size from products of their
+own; the gated delta rule (minillm.models.delta_rule) mixes them over time, step by step for one token, in chunks for
+more; its output is normalised head by head, gated, and projected back.
 
-    S <- exp(g) S;   S <- S + beta k (v - S^T k)^T;   o = S^T q,
-
-with q and k of unit length and q scaled by key_dim ** -0.5. q, k and v come through a short causal convolution. The rule
-comes in two equal forms: `recurrent_gated_delta_rule`, a step a token, for decoding, and `chunked_gated_delta_rule`,
-matrix products over chunks of tokens, for training and prefill. Both compute in fp32.
-
-A `documents` argument is the mixers' mask of linear_attention layers: int64 [B, T], the document of each token, -1 at
+The mask is that of linear_attention layers (minillm.models.mixers): int64 [B, T], the document of each token, -1 at
 padding; None where each row is one document. State and convolution begin anew where the number changes. Padding, at
 either end of a row, neither decays nor writes the state and enters no convolution; what comes out there is undefined.
 
@@ -23,8 +18,8 @@ Tensors against transformers' Qwen3NextGatedDeltaNet (minillm.interop.deltanet_l
     A_log, dt_bias, norm.weight, o_proj.weight (theirs: out_proj.weight): as they are.
 Value head n belongs to key head n // (N / K), consecutive value heads sharing a key head, on both sides.
 
-Shapes: B batch, T time, D hidden, K key heads, N value heads, G = N / K value heads of a key head, H key dim, V value
-dim, C tokens of a chunk, M = B K, F channels of the convolution.
+Shapes: B batch, T time, D hidden, K key heads, N value heads, H key dim, V value dim, F channels of the
+convolution.
 """
 
 from __future__ import annotations
@@ -72,7 +67,7 @@ class GatedDeltaNet(nn.Module):
         mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]; `positions` are not used, `mask` is the header's `documents`."""
+        """[B, T, D] -> [B, T, D]; `positions` are not used, `mask` as in the header."""
         length = hidden_states.shape[1]
         segments = None if mask is None else segments_of(mask)
         mixed = self.qkv_proj(hidden_states)  # [B, T, F]
@@ -123,20 +118,57 @@ class CausalConvolution(nn.Module):
             past: [B, F, at least kernel - 1], the inputs before x; absent: zeros.
             segments: [B, T] as of `segments_of`: a token sees inputs of its own segment alone, and segment 0 the past.
         """
-        length, reach = x.shape[1], self.kernel_size - 1
+        reach = self.kernel_size - 1
         if past is None:
-            padded = F.pad(x, (0, 0, reach, 0))
-        else:
-            padded = torch.cat((past[..., past.shape[-1] - reach :].transpose(1, 2).to(x.dtype), x), dim=1)
-        weight = self.weight.squeeze(1).float()
-        before = None if segments is None else F.pad(segments, (reach, 0))
-        total = x.float() * weight[:, reach]
-        for tap in range(reach):
-            shifted = padded[:, tap : tap + length].float()
-            if segments is not None:
-                shifted = shifted * (before[:, tap : tap + length] == segments)[..., None]
-            total = total + shifted * weight[:, tap]
-        return F.silu(total).to(x.dtype)
+            return _Convolution.apply(x, self.weight, segments)
+        x = torch.cat((past[..., past.shape[-1] - reach :].transpose(1, 2).to(x.dtype), x), dim=1)
+        segments = None if segments is None else F.pad(segments, (reach, 0))
+        return _Convolution.apply(x, self.weight, segments)[:, reach:]
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"
+
+
+class _Convolution(torch.autograd.Function):
+    """SiLU of the sum over taps of shifted inputs times weights, in fp32; what came before the row is zeros.
+
+    Tokens stay in rows of channels, as the products before and after have them: a Conv1d wants the transpose, and
+    autograd would fill a padded gradient for each tap. It saves the parameter itself, which ZeRO-3 can follow.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, segments):
+        taps = weight.squeeze(1).float().t().contiguous()  # [kernel, F], the token's own last
+        wide = x.float()
+        total = wide * taps[-1]
+        for back in range(1, min(len(taps), x.shape[1])):
+            total[:, back:].addcmul_(_within(wide[:, :-back], segments, back), taps[-1 - back])
+        kept = total.to(x.dtype)
+        ctx.save_for_backward(x, weight, segments, kept)
+        return F.silu(kept)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, segments, kept = ctx.saved_tensors
+        taps, wide = weight.squeeze(1).float().t().contiguous(), x.float()
+        d_total = torch.ops.aten.silu_backward(gradient.float(), kept.float())
+        d_x, d_taps = d_total * taps[-1], torch.zeros_like(taps)
+        d_taps[-1] = _sum_of_tokens(d_total * wide)
+        for back in range(1, min(len(taps), x.shape[1])):
+            reached = _within(d_total[:, back:], segments, back)
+            d_x[:, :-back].addcmul_(reached, taps[-1 - back])
+            d_taps[-1 - back] = _sum_of_tokens(reached * wide[:, :-back])
+        return d_x.to(x.dtype), d_taps.t()[:, None].to(weight.dtype), None
+
+
+def _sum_of_tokens(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, F] -> [F], by a product: sum((0, 1)) takes several times as long on CPUs."""
+    return x.new_ones(x.shape[0] * x.shape[1]) @ x.flatten(0, 1)
+
+
+def _within(x: torch.Tensor, segments: torch.Tensor | None, back: int) -> torch.Tensor:
+    """x [B, T - back, F], zero where the token `back` tokens before is of another segment."""
+    return x if segments is None else x * (segments[:, back:] == segments[:, :-back])[..., None]
 
 
 class GatedRMSNorm(nn.Module):

@@ -4,8 +4,8 @@ The seam: a mixer is built as Mixer(config, layer_idx) and called as
 `mixer(hidden_states, positions, mask, past_key_values)`, [B, T, D] in and out, where `positions` is the rotation that
 the model's position module returned (None where positions are added to the embeddings) and `mask` is what the builder
 in MASKS made for this layer's type. Attention layers get None (plain causal) or bool [B, 1, T, S], True where a query
-may look; linear_attention layers get None (one document a row) or int64 [B, T], the document of each token and -1 at
-padding.
+may look, or on CUDA its short form attention.PackedDocuments (`attend` takes all three); linear_attention layers get
+None (one document a row) or int64 [B, T], the document of each token and -1 at padding.
 """
 
 from __future__ import annotations

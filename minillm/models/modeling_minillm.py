@@ -309,7 +309,8 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         if tokenizer is None:
             if not self.config._name_or_path:
                 raise ValueError("this model was not loaded from a folder: pass chat(..., tokenizer=...)")
-            tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path)
+            # With the config at hand the loader need not ask whether a folder's own code may run to read it.
+            tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path, config=self.config)
         messages = [*(history or []), {"role": "user", "content": message}]
         ids, end_of_turn = encode_chat(tokenizer, messages)
         room = self.config.max_position_embeddings - len(ids)

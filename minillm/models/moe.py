@@ -298,14 +298,14 @@ def _sort_by_expert(indices: torch.Tensor, experts: int) -> _Order:
 
 def _swiglu(z: torch.Tensor) -> torch.Tensor:
     gate, up = z.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def _swiglu_backward(gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     gate, up = z.chunk(2, dim=-1)
     of_z = torch.empty_like(z)
     of_gate, of_up = of_z.chunk(2, dim=-1)
-    of_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+    torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
     torch.mul(gradient, F.silu(gate), out=of_up)
     return of_z
 
@@ -323,12 +323,12 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if should_widen(x) else x
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """a @ b, also written to `out`, whose dtype may be narrower."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    y = a @ b
-    out.copy_(y)
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b (+ bias), also written to `out`, whose dtype may be narrower."""
+    y = out if a.dtype == out.dtype else a.new_empty(out.shape)
+    torch.mm(a, b, out=y) if bias is None else torch.addmm(_wide(bias), a, b, out=y)
+    if y is not out:
+        out.copy_(y)
     return y
 
 
@@ -341,11 +341,9 @@ def _looped_forward(x, weights, order, ends, up, up_bias, down, down_bias, inner
     start = 0
     for expert, end in enumerate(ends.tolist()):
         piece, weight = tokens[start:end], weight_of[start:end, None]
-        z_piece = _product(_wide(x.index_select(0, piece)), _wide(up[expert]).t(), out=z[start:end])
-        if up_bias is not None:
-            z_piece += up_bias[expert]
-            z[start:end] = z_piece
-        out = (activate(z_piece) * weight).to(z_piece.dtype) @ _wide(down[expert]).t()
+        bias = None if up_bias is None else up_bias[expert]
+        z_piece = _product(_wide(x.index_select(0, piece)), _wide(up[expert]).t(), z[start:end], bias)
+        out = activate(z_piece).mul_(weight) @ _wide(down[expert]).t()
         if down_bias is not None:
             out += weight * down_bias[expert]
         y.index_add_(0, piece, out.float())
@@ -369,11 +367,11 @@ def _looped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, do
         if down_bias is not None:
             of_weight[start:end] += of_y @ _wide(down_bias[expert])
             of_down_bias[expert] = (of_y * weight).sum(0)
-        _product(of_y.t(), (activation * weight).to(of_y.dtype), out=of_down[expert])
-        of_z = activate_backward((of_activation * weight).to(of_y.dtype), z_piece)
+        _product(of_y.t(), activation.mul_(weight), of_down[expert])
+        of_z = activate_backward(of_activation.mul_(weight), z_piece)
         if up_bias is not None:
             of_up_bias[expert] = of_z.sum(0)
-        _product(of_z.t(), _wide(x.index_select(0, piece)), out=of_up[expert])
+        _product(of_z.t(), _wide(x.index_select(0, piece)), of_up[expert])
         of_x.index_add_(0, piece, (of_z @ _wide(up[expert])).float())
         start = end
     of_weights = torch.empty_like(of_weight).index_copy_(0, order, of_weight).view_as(weights)
@@ -420,7 +418,7 @@ def _grouped_forward(x, weights, order, ends, up, up_bias, down, down_bias, inne
     z = F.grouped_mm(x.index_select(0, order // top_k), up.transpose(1, 2), offs=ends)
     if up_bias is not None:
         z += _rows_of(up_bias, ends, count)
-    out = F.grouped_mm((activate(z) * weight).to(x.dtype), down.transpose(1, 2), offs=ends)
+    out = F.grouped_mm(activate(z).mul_(weight), down.transpose(1, 2), offs=ends)
     if down_bias is not None:
         out += weight * _rows_of(down_bias, ends, count)
     return out.index_select(0, order.argsort()).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype), z
@@ -437,8 +435,8 @@ def _grouped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, d
     if down_bias is not None:
         of_weight += (of_y * _rows_of(down_bias, ends, order.shape[0])).sum(-1, dtype=torch.float32)
         of_down_bias = _grouped_sum(of_y * weight, ends).to(down_bias.dtype)
-    of_down = _grouped_outer(of_y, (activation * weight).to(x.dtype), ends)
-    of_z = activate_backward((of_activation * weight).to(x.dtype), z)
+    of_down = _grouped_outer(of_y, activation.mul_(weight), ends)
+    of_z = activate_backward(of_activation.mul_(weight), z)
     if up_bias is not None:
         of_up_bias = _grouped_sum(of_z, ends).to(up_bias.dtype)
     of_up = _grouped_outer(of_z, x.index_select(0, tokens), ends)

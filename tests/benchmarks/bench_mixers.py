@@ -1,6 +1,6 @@
 """Forward + backward of every mixer and norm against transformers' class of the same family with the same weights.
 
-    python tests/benchmarks/bench_mixers.py [--threads 1] [--batch 4] [--seq-len 512] [--device cpu] [--rows NAME ...]
+    python tests/benchmarks/bench_mixers.py [--threads 1] [--batch 4] [--seq-len 512] [--device cpu] [--clock cpu]
 
 Shapes are the presets' own; transformers runs its default attention (sdpa). fp32 on the CPU, bf16 on CUDA. Prints one
 row each: milliseconds of both (the median of several rounds, ours and theirs in turn), how many times as fast ours is,
@@ -126,7 +126,7 @@ def deepseek(place: Place) -> Pair:
     # Half-split rotary positions on both sides, so that the weights are the same as they are.
     return rotary_pair(
         place, "deepseek-v3-mini", LatentAttention, m.DeepseekV3Attention, m.DeepseekV3RotaryEmbedding,
-        m.DeepseekV3Config, rope_interleave=False,
+        m.DeepseekV3Config, rope_interleave=False, head_dim=PRESETS["deepseek-v3-mini"]["qk_rope_head_dim"],
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ ROWS: dict[str, Callable[[Place], Pair]] = {
 }
 
 
-def measure(pair: Pair, place: Place, rounds: int) -> tuple[float, float, float]:
+def measure(pair: Pair, place: Place, rounds: int, clock: Callable[[], float]) -> tuple[float, float, float]:
     """Median milliseconds of ours and theirs, and the largest relative difference of the outputs."""
     width = PRESETS["llama3-mini"]["hidden_size"]
     x = torch.randn(place.batch, place.length, width, device=place.device, dtype=place.dtype)
@@ -213,11 +213,11 @@ def measure(pair: Pair, place: Place, rounds: int) -> tuple[float, float, float]
     def step(module: nn.Module, run: Run) -> tuple[float, torch.Tensor]:
         given = x.clone().requires_grad_()
         synchronize(place.device)
-        start = time.perf_counter()
+        start = clock()
         output = run(given)
         output.backward(weights)
         synchronize(place.device)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         module.zero_grad(set_to_none=True)
         return elapsed * 1e3, output.detach()
 
@@ -240,18 +240,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="one core a rank, as in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds, for a busy machine")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    clock = time.perf_counter if args.clock == "wall" else lambda: time.process_time() / args.threads
     place = Place(args.batch, args.seq_len, device, dtype)
     where = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
     print(f"{args.batch} x {args.seq_len}, {dtype}, {args.threads} thread(s), torch {torch.__version__}, {where}")
     print(ROW.format("forward + backward", "ours ms", "transformers", "ratio", "difference"))
     for name in args.rows:
-        ours, theirs, difference = measure(ROWS[name](place), place, args.rounds)
+        ours, theirs, difference = measure(ROWS[name](place), place, args.rounds, clock)
         print(ROW.format(name, f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}", f"{difference:.1e}"), flush=True)
 
 

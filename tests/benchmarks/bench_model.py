@@ -34,7 +34,7 @@ def main() -> None:
     import torch
 
     from minillm.accounting import flops_per_token
-    from minillm.interop.llama import to_transformers
+    from minillm.interop import to_transformers
     from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
     from minillm.presets import PRESETS
 

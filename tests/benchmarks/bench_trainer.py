@@ -102,13 +102,13 @@ def trainer_worker(args: argparse.Namespace) -> None:
     import torch
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from minillm.interop.llama import config_to_llama
+    from minillm.interop.convert import config_to_transformers
     from minillm.models import MiniLLMConfig
     from minillm.presets import PRESETS
 
     ranks = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    config = config_to_llama(MiniLLMConfig(**PRESETS[args.preset]))
+    config = config_to_transformers(MiniLLMConfig(**PRESETS[args.preset]))
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     tokens = torch.randint(0, config.vocab_size, (args.micro * ranks * args.steps, args.seq_len))

@@ -31,20 +31,20 @@ GPT2 = SHARED / "gpt2-vocab"
 needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason=f"{GPT2} with GPT-2's vocabulary is not there")
 
 PIECES = (
-    "a b 's 'S 'll 'LL ſ don't DON'T Abc aBC ABC 1 12 1234567 ٣ Ⅷ ½ é e\u0301 你好 的 한국어 🙂 👩‍👩‍👧 ß ﬆ İ ŉ ǅ ʰ ! ?? // / "
-    "| _ हि ก็ <|endoftext|> <|im_end|> \ufeff \u200d \x00 \x1f"
+    "a b 's 'S 'll 'LL ſ don't DON'T Abc aBC ABC 1 12 1234567 ٣ Ⅷ ½ é e\u0301 你好 的 한국어 🙂 👩‍👩‍👧 ß ﬆ İ ŉ ǅ ʰ ! "
+    "?? // / | _ हि ก็ <|endoftext|> <|im_end|> \ufeff \u200d \x00 \x1f"
 ).split(" ") + [" ", "  ", "     ", "\n", "\r\n", "\n\n", "\t", "\u3000", "\x85", "\xa0"]
 
 
+RANGES = ((0x80, 0x800), (0x800, 0xD7FF), (0x10000, 0x1FFFF))
+
+
 def texts() -> list[str]:
-    """English, Chinese, code, and 1,500 strings of what tokenizers disagree about."""
+    """English, Chinese, code, and 600 strings of what tokenizers disagree about."""
     draw = random.Random(0)
-    mixed = ["".join(draw.choice(PIECES) for _ in range(draw.randint(1, 40))) for _ in range(1000)]
-    rare = [
-        "".join(chr(draw.choice([draw.randrange(0x80, 0x800), draw.randrange(0x800, 0xD7FF), draw.randrange(0x10000, 0x1FFFF)]))
-                for _ in range(20)) for _ in range(300)
-    ]  # fmt: skip
-    repeated = ["".join(draw.choice("ab") for _ in range(draw.randint(1, 60))) for _ in range(200)]
+    mixed = ["".join(draw.choice(PIECES) for _ in range(draw.randint(1, 40))) for _ in range(400)]
+    rare = ["".join(chr(draw.randrange(*draw.choice(RANGES))) for _ in range(20)) for _ in range(100)]
+    repeated = ["".join(draw.choice("ab") for _ in range(draw.randint(1, 60))) for _ in range(100)]
     code = Path(__file__).read_text(encoding="utf-8")
     chinese = "今天天气很好，我们去公园走走吧。人工智能（AI）在2024年发展迅速！\n“是吗？”她问。" * 3
     english = "The year 1984 wasn't over; they'd said so.  Two spaces,\n\n\n    four.   \n" * 3
@@ -77,6 +77,18 @@ def gpt2() -> PreTrainedTokenizerFast:
     return load_tokenizer(GPT2)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """GPT-2's first 2,000 tokens in the same two files."""
+    folder = tmp_path_factory.mktemp("small-gpt2")
+    tokens = json.loads((GPT2 / "encoder.json").read_text())
+    kept = {token: index for token, index in tokens.items() if index < 2000}
+    (folder / "encoder.json").write_text(json.dumps({**kept, "<|endoftext|>": 2000}))
+    merges = (GPT2 / "vocab.bpe").read_text().splitlines(keepends=True)
+    (folder / "vocab.bpe").write_text("".join(merges[: 1 + 2000 - 256]))
+    return folder
+
+
 # -- GPT-2's two files ---------------------------------------------------------------------------------------------
 
 
@@ -89,7 +101,7 @@ def test_gpt2_folder_gives_tiktokens_and_transformers_ids(gpt2, tiktokens_encodi
     theirs = GPT2Tokenizer(vocab=str(GPT2 / "encoder.json"), merges=str(GPT2 / "vocab.bpe"))
     plain = [(text, mine) for text, mine in zip(TEXTS, ids) if "<|endoftext|>" not in text]
     assert [mine for _, mine in plain] == [theirs(text)["input_ids"] for text, _ in plain]
-    assert len(plain) > 1000
+    assert len(plain) > 300
     assert (len(gpt2), gpt2.eos_token_id, gpt2.pad_token_id) == (50257, 50256, 50256)
     assert gpt2.decode(ids[0]) == TEXTS[0]
 
@@ -102,9 +114,10 @@ def test_byte_lengths_are_the_texts_bytes(gpt2):
 
 
 @needs_gpt2
-def test_the_files_under_transformers_names(gpt2, tmp_path):
-    (tmp_path / "vocab.json").write_bytes((GPT2 / "encoder.json").read_bytes())
-    (tmp_path / "merges.txt").write_bytes((GPT2 / "vocab.bpe").read_bytes())
+def test_the_files_under_transformers_names(small, tmp_path):
+    (tmp_path / "vocab.json").write_bytes((small / "encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((small / "vocab.bpe").read_bytes())
+    gpt2 = open_tokenizer(small)
     assert fingerprint(open_tokenizer(tmp_path)) == fingerprint(gpt2)
     # a folder that names its class is transformers' to read
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
@@ -112,7 +125,8 @@ def test_the_files_under_transformers_names(gpt2, tmp_path):
 
 
 @needs_gpt2
-def test_saved_like_ours_it_is_the_same_tokenizer(gpt2, tmp_path):
+def test_saved_like_ours_it_is_the_same_tokenizer(small, tmp_path):
+    gpt2 = load_tokenizer(small)
     save_tokenizer(gpt2, tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved")
     assert fingerprint(again) == fingerprint(gpt2)
@@ -129,49 +143,52 @@ def test_damaged_gpt2_files(tmp_path):
         open_tokenizer(tmp_path)
 
 
+SMALL = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"he": 257, b"the": 258, b" the": 259, b"12": 260}
+
+
 # -- tiktoken ------------------------------------------------------------------------------------------------------
 
 
 @needs_gpt2
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_words_and_merges_of_each_encoding(name, gpt2_ranks, tiktokens_encodings):
-    """The pattern of the encoding with GPT-2's ranks, against tiktoken with the same."""
+    """The pattern of the encoding with GPT-2's first ranks, against tiktoken with the same."""
     import tiktoken
 
+    ranks = {token: rank for token, rank in gpt2_ranks.items() if rank < 6000}
     encoding = tiktokens_encodings[name]
     assert ENCODINGS[name].pattern == in_onigurumas_syntax(encoding["pat_str"])
     assert ENCODINGS[name].special_tokens == encoding["special_tokens"]
-    special = {"<|endoftext|>": 50256, "<|endofprompt|>": 50260}
-    ours = from_ranks(gpt2_ranks, ENCODINGS[name].pattern, special)
-    theirs = tiktoken.Encoding(name, pat_str=encoding["pat_str"], mergeable_ranks=gpt2_ranks, special_tokens=special)
+    special = {"<|endoftext|>": 6001, "<|endofprompt|>": 6010}
+    ours = from_ranks(ranks, ENCODINGS[name].pattern, special)
+    theirs = tiktoken.Encoding(name, pat_str=encoding["pat_str"], mergeable_ranks=ranks, special_tokens=special)
     assert encode_texts(ours, TEXTS) == theirs.encode_ordinary_batch(TEXTS)
-    assert ours.convert_tokens_to_ids(["<|endoftext|>", "<|endofprompt|>"]) == [50256, 50260]
+    assert ours.convert_tokens_to_ids(["<|endoftext|>", "<|endofprompt|>"]) == [6001, 6010]
     # the ids between the special tokens are filled, so that nothing new falls in there
-    assert len(ours) == vocabulary_size(ours) == 50261
+    assert len(ours) == vocabulary_size(ours) == 6011
     assert complete_tokenizer(ours, chat=True) == ["<|im_start|>", "<|im_end|>"]
-    assert ours.convert_tokens_to_ids("<|im_start|>") == 50261
+    assert ours.convert_tokens_to_ids("<|im_start|>") == 6011
 
 
-@needs_gpt2
-def test_a_special_token_between_the_ranks(gpt2_ranks, tiktokens_encodings):
-    """p50k_base has its end token at 50256 and goes on with runs of spaces."""
-    ranks = dict(gpt2_ranks) | {b" " * (33 + n): 50257 + n for n in range(24)}
-    ours = from_ranks(ranks, ENCODINGS["gpt2"].pattern, tiktokens_encodings["p50k_edit"]["special_tokens"])
-    assert ours.eos_token_id == 50256 and vocabulary_size(ours) == len(ours) == 50284
-    assert ours.convert_tokens_to_ids("<|fim_prefix|>") == 50281
-    assert encode_texts(ours, [" " * 40]) == [[50257 + 7]]
-    assert 50256 not in encode_texts(ours, ["<|endoftext|>"])[0]
+def test_a_special_token_between_the_ranks():
+    """As p50k_edit has them: the end token, then runs of spaces, then other special tokens."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b" " * (2 + n): 257 + n for n in range(24)}
+    ours = from_ranks(ranks, ENCODINGS["gpt2"].pattern, {"<|endoftext|>": 256, "<|fim_prefix|>": 281})
+    assert ours.eos_token_id == 256 and vocabulary_size(ours) == len(ours) == 282
+    assert ours.convert_tokens_to_ids("<|fim_prefix|>") == 281
+    assert encode_texts(ours, [" " * 9]) == [[257 + 7]]
+    assert 256 not in encode_texts(ours, ["<|endoftext|>"])[0]
 
 
-@needs_gpt2
-def test_an_encoding_by_name(tiktokens_encodings, gpt2, monkeypatch):
-    import tiktoken
-
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.Encoding(**tiktokens_encodings[name]))
-    ours = load_tokenizer("tiktoken:gpt2")
-    assert encode_texts(ours, TEXTS) == encode_texts(gpt2, TEXTS)
-    assert (ours.eos_token_id, len(ours)) == (50256, 50257)
-    assert load_tokenizer(Path("tiktoken:gpt2")).eos_token_id == 50256
+def test_an_encoding_by_name(monkeypatch):
+    """The library's own object, with a small vocabulary in the place of the one it would download."""
+    tiktoken = pytest.importorskip("tiktoken")
+    pattern = r"\p{L}++|\p{N}{1,3}+|\s++$|\s|."
+    small = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=SMALL, special_tokens={"<|endoftext|>": 261})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"cl100k_base": small}.__getitem__)
+    ours = load_tokenizer(Path("tiktoken:cl100k_base"))  # a Path, as a run's data.tokenizer becomes
+    assert encode_texts(ours, TEXTS) == small.encode_ordinary_batch(TEXTS)
+    assert (ours.eos_token_id, len(ours)) == (261, 262)
 
 
 def test_encodings_that_cannot_be_had(monkeypatch):
@@ -183,7 +200,8 @@ def test_encodings_that_cannot_be_had(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(UserError, match=r"cannot be downloaded \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*:cl100k_base:FILE"):
+    said = r"cannot be downloaded \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*:cl100k_base:FILE"
+    with pytest.raises(UserError, match=said):
         open_tokenizer("tiktoken:cl100k_base")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UserError, match="pip install tiktoken"):
@@ -193,9 +211,6 @@ def test_encodings_that_cannot_be_had(monkeypatch):
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
     return path
-
-
-SMALL = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"he": 257, b"the": 258, b" the": 259, b"12": 260}
 
 
 def test_a_tiktoken_file_from_disk(tmp_path, monkeypatch):
@@ -254,7 +269,7 @@ def test_what_is_missing_is_said_and_appended_and_saved(tmp_path):
     with pytest.raises(UserError, match=r"names no token with which documents end.*tokenizer import .*bare --out"):
         load_tokenizer(tmp_path / "bare")
     tokenizer = open_tokenizer(tmp_path / "bare")
-    with pytest.raises(UserError, match=r"no <\|im_start\|> token, no <\|im_end\|> token, no chat template.*--chat"):
+    with pytest.raises(UserError, match="the tokenizer has no chat template.*--chat"):
         check_chat_tokenizer(byte_level(eos_token="<|end|>"))
     # the vocabulary has the names already: the ids stay, and they become special
     assert complete_tokenizer(tokenizer, chat=True) == []
@@ -266,9 +281,9 @@ def test_what_is_missing_is_said_and_appended_and_saved(tmp_path):
 
 
 @needs_gpt2
-def test_chat_on_a_foreign_tokenizer(tmp_path):
-    tokenizer = open_tokenizer(GPT2)
-    with pytest.raises(UserError, match=r"no <\|im_start\|> token.*no chat template"):
+def test_chat_on_a_foreign_tokenizer(small, tmp_path):
+    tokenizer = open_tokenizer(small)
+    with pytest.raises(UserError, match=r"no <\|im_start\|> token, no <\|im_end\|> token, no chat template.*--chat"):
         check_chat_tokenizer(tokenizer)
     before = encode_texts(tokenizer, TEXTS[:20])
     assert complete_tokenizer(tokenizer, chat=True) == ["<|im_start|>", "<|im_end|>"]
@@ -279,7 +294,7 @@ def test_chat_on_a_foreign_tokenizer(tmp_path):
         messages = [{"role": "user", "content": "Hi, 你好"}, {"role": "assistant", "content": "Yes. def f(): pass"}]
         ids, mask = encode_conversation(loaded, messages)
         assert ids == loaded.apply_chat_template(messages, return_dict=False)
-        assert [ids[0], ids.count(50257), ids.count(50258)] == [50257, 2, 2]
+        assert [ids[0], ids.count(2001), ids.count(2002)] == [2001, 2, 2]
         said = [index for index, learned in zip(ids, mask) if learned]
         assert loaded.decode(said, skip_special_tokens=True) == "Yes. def f(): pass"
 
@@ -300,5 +315,6 @@ def test_a_vocabulary_with_gaps_is_refused_before_anything_is_overwritten():
 def test_folders_that_cannot_be_converted(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no protobuf")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    with pytest.raises(UserError, match=r"no tokenizer\.json, and its .*tokenizer\.model cannot be converted.*sentencepiece"):
+    said = r"no tokenizer\.json, and its .*tokenizer\.model cannot be converted.*sentencepiece"
+    with pytest.raises(UserError, match=said):
         open_tokenizer(tmp_path)

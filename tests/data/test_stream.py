@@ -52,6 +52,35 @@ def test_packed_rows_equal_the_obvious_reading(tmp_path, seq_len, masked):
     assert rows["num_bad_rows"] == 0
 
 
+@pytest.mark.parametrize("seq_len, stride", [(16, 16), (16, 8), (16, 1), (64, 48), (300, 7), (7, 3)])
+def test_overlapping_rows_equal_the_obvious_reading(tmp_path, seq_len, stride):
+    documents = random_documents(50)
+    source = open_folder(write_token_folder(tmp_path / "tokens", documents))
+    options = {"seq_len": seq_len, "packing": "concat", "stride": stride}
+    expected = expected_packed_rows(documents, seq_len, stride=stride)
+    stream = build_stream([source], seed=0, shuffle=False, **options)
+    rows = all_rows(stream)
+    assert stream.num_sequences == len(expected)
+    for name in PACKED:
+        np.testing.assert_array_equal(rows[name], [row[name] for row in expected], err_msg=name)
+    shuffled = build_stream([source], seed=3, **options)
+    epochs = [keys_of(all_rows(shuffled, epoch)) for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(keys_of(rows)) and epochs[0] != epochs[1]
+    far = shuffled.num_sequences - 2  # asked for alone or across the epochs' border: the same
+    np.testing.assert_array_equal(shuffled.rows(far, 4)["input_ids"][3:], shuffled.rows(far + 3, 1)["input_ids"])
+
+
+def test_a_target_counts_once_for_each_window_over_it(tmp_path):
+    """One document of 40 tokens and its eos in windows of 16 every 4."""
+    source = open_folder(write_token_folder(tmp_path / "tokens", [list(range(1, 41))]))
+    labels = all_rows(build_stream([source], seq_len=16, stride=4, seed=0))["shift_labels"]
+    counts = Counter(labels[labels != IGNORED].tolist())
+    windows = [range(start + 1, start + 17) for start in range(0, 28, 4)]  # the last, from 24, reaches the eos at 40
+    tokens = [*range(1, 41), EOS]
+    assert counts == {tokens[place]: sum(place in window for window in windows) for place in range(1, 41)}
+    assert max(counts.values()) == 4 and min(counts.values()) == 1
+
+
 def test_every_token_after_the_first_of_a_document_is_a_target_once(tmp_path):
     documents = random_documents(60, seed=2)
     source = open_folder(write_token_folder(tmp_path / "tokens", documents))
@@ -229,5 +258,10 @@ def test_wrong_settings_are_named(tmp_path):
     source = open_folder(write_token_folder(tmp_path / "tokens", random_documents(5)))
     with pytest.raises(UserError, match="packing is 'tight'.*concat, none"):
         build_stream([source], seq_len=8, packing="tight", seed=0)
+    for stride in (0, 9):
+        with pytest.raises(UserError, match=f"data.stride is {stride}: it must be from 1 to data.seq_len = 8"):
+            build_stream([source], seq_len=8, stride=stride, seed=0)
+    with pytest.raises(UserError, match="data.stride is 4: only packing concat"):
+        build_stream([source], seq_len=8, packing="none", stride=4, seed=0)
     with pytest.raises(UserError, match="seq_len is 0"):
         build_stream([source], seq_len=0, packing="none", seed=0)

@@ -90,9 +90,14 @@ def split_into_shards(documents: list[list[int]], shard_tokens: int = 700) -> li
 
 
 def expected_packed_rows(
-    documents: list[list[int]], seq_len: int, masks: list[list[int]] | None = None, shard_tokens: int = 700
+    documents: list[list[int]],
+    seq_len: int,
+    masks: list[list[int]] | None = None,
+    shard_tokens: int = 700,
+    stride: int | None = None,
 ) -> list[dict[str, list[int]]]:
     """The rows of one epoch of "concat" in stored order, token by token."""
+    stride = stride or seq_len
     rows = []
     for shard in split_into_shards(documents, shard_tokens):
         flat = []  # (token, document, position, may be learned)
@@ -100,7 +105,9 @@ def expected_packed_rows(
             learned = masks[number] + [0] if masks else [1] * (len(documents[number]) + 1)
             for position, token in enumerate([*documents[number], EOS]):
                 flat.append((token, number, position, learned[position]))
-        for start in range(0, len(flat) - 1, seq_len):
+        for start in range(0, len(flat) - 1, stride):
+            if start and start - stride + seq_len >= len(flat) - 1:
+                break  # the row before reached the last target
             row = {key: [] for key in ("input_ids", "shift_labels", "position_ids", "document_ids")}
             seen: list[int] = []
             first_position = 0

@@ -219,12 +219,46 @@ def test_a_small_folder_gets_one_validation_document(folder, tmp_path):
     assert len(read(tmp_path / "all" / "train.jsonl")) == 5
 
 
+def halves(out: Path) -> list[str]:
+    return ["".join(document["text"] for document in read(out / f"{name}.jsonl")) for name in ("train", "validation")]
+
+
+def test_the_end_of_a_single_file_is_held_out(tmp_path):
+    text = "".join(f"第{i}行\n" + "\n" * (i % 10 == 9) for i in range(1000))
+    (tmp_path / "book.txt").write_text(text)
+    build_folder(tmp_path / "book.txt", tmp_path / "out")
+    train, validation = halves(tmp_path / "out")
+    assert train + validation == text
+    assert train.endswith("行\n\n") and 0.1 <= len(validation) / len(text) < 0.12
+    assert [d["id"] for d in read(tmp_path / "out" / "validation.jsonl")] == ["book.txt#end"]
+    build_folder(tmp_path / "book.txt", tmp_path / "half", 0.5)
+    assert 0.5 <= len(halves(tmp_path / "half")[1]) / len(text) < 0.52
+
+
+def test_the_end_of_a_long_single_file_is_held_out(tmp_path, monkeypatch):
+    """Longer than a piece: the border falls inside one of them, and all later ones are held out."""
+    monkeypatch.setattr("data_tools.corpus.PIECE_BYTES", 700)
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (tmp_path / "book.txt").write_text(text)
+    build_folder(tmp_path, tmp_path.with_name(tmp_path.name + "-out"), 0.25)
+    train, validation = halves(tmp_path.with_name(tmp_path.name + "-out"))
+    assert train + validation == text and train.endswith("\n")
+    assert 0.25 <= len(validation) / len(text) < 0.26
+
+
+def test_a_single_document_of_a_jsonl_file_is_split_by_place_too(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "one", "text": "a line\n" * 100}) + "\n")
+    build_folder(tmp_path / "x.jsonl", tmp_path / "out")
+    assert [len(half) for half in halves(tmp_path / "out")] == [90 * 7, 10 * 7]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    with pytest.raises(UserError, match=r"validation.jsonl would be empty.*1 documents"):
+        build_folder(tmp_path / "x.jsonl", tmp_path / "out")
+
+
 def test_one_long_file_is_split_with_piece_bytes(tmp_path):
     text = "".join(f"第{i}行\n" for i in range(1000))
     (tmp_path / "book.txt").write_text(text)
-    with pytest.raises(UserError, match=r"train.jsonl would be empty.*1 documents.*--piece-bytes"):
-        build_folder(tmp_path / "book.txt", tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
     build_folder(tmp_path / "book.txt", tmp_path / "out", 0.2, piece_bytes=500)
     documents = [d for name in ("train", "validation") for d in read(tmp_path / "out" / f"{name}.jsonl")]
     documents.sort(key=lambda d: int(d["id"].removeprefix("book.txt#")))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from data_tools.tokenizer import build_tokenizer, inspect_tokenizer, split_text
+from data_tools.tokenizer import build_tokenizer, import_tokenizer, inspect_tokenizer, split_text
 from minillm.data.tokenizer import encode_texts, load_tokenizer
 from minillm.utils.errors import UserError
 
@@ -106,6 +109,35 @@ def test_splits_show_text_and_lone_bytes(bpe, corpus):
     assert split_text(tokenizer, "今天天气").replace("|", "") == "今天天气"
     build_tokenizer([corpus / "english.txt"], corpus / "out" / "letters", 300, "char")
     assert split_text(load_tokenizer(corpus / "out" / "letters"), "cat鱼") == "c|a|t|<E9>|<B1>|<BC>"
+
+
+def test_import_writes_a_folder_with_what_was_missing(tmp_path, corpus):
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257}
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (tmp_path / "x.tiktoken").write_text("".join(lines))
+    source = f"tiktoken:cl100k_base:{tmp_path / 'x.tiktoken'}"
+    done = command("import", source, "--out", tmp_path / "out", "--chat")
+    assert done.returncode == 0, done.stderr
+    assert "261 tokens" in done.stdout and "appended <|im_start|> 259, <|im_end|> 260" in done.stdout
+    assert "documents end with <|endoftext|>" in done.stdout
+    imported = load_tokenizer(tmp_path / "out")
+    assert encode_texts(imported, ["the th"])[0] == [257, ord(" "), 256]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "x.tiktoken"]
+    shown = [command("inspect", place, corpus / "english.txt") for place in (tmp_path / "out", source)]
+    assert "special       <|endoftext|> 258, <|im_start|> 259, <|im_end|> 260" in shown[0].stdout
+    assert "end of text   <|endoftext|> 258\nchat template yes" in shown[0].stdout
+    assert "chat template no" in shown[1].stdout
+    again = command("import", source, "--out", tmp_path / "out")
+    assert again.returncode == 2 and "is there already" in again.stderr
+    assert command("import", "tiktoken:gpt9", "--out", tmp_path / "none").returncode == 2
+
+
+def test_import_refuses_tokens_that_spell_no_bytes(tmp_path):
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
+    with pytest.raises(UserError, match="byte-level or byte-fallback"):
+        import_tokenizer(tmp_path / "words", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["words"]
 
 
 def test_inspect_errors(bpe, tmp_path):

@@ -15,7 +15,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 32,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "bos_token_id": 3,
     "eos_token_id": [4, 5],
     "pad_token_id": None,
@@ -73,11 +73,11 @@ NOT_OF_GPT2 = ("intermediate_size", "num_key_value_heads", "head_dim", "rope_par
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
+def randomise(model: torch.nn.Module, seed: int = 7, scale: float = 0.1) -> torch.nn.Module:
     """Add noise to every parameter and every saved buffer, so that no norm is 1, no bias 0, no two rows alike."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in dict.fromkeys(model.state_dict(keep_vars=True).values()):
-        tensor += torch.randn(tensor.shape, generator=generator) * 0.2
+        tensor += torch.randn(tensor.shape, generator=generator) * scale
     return model
 
 

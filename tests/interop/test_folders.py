@@ -76,10 +76,19 @@ def test_published_gpt2_has_shorter_names_and_masks(tmp_path):
 
 
 def test_published_multi_token_weights_are_left_out_with_one_line(tmp_path, capsys):
-    make_native("deepseek", num_hidden_layers=61, hidden_size=12, intermediate_size=4).save_pretrained(tmp_path)
-    edit(tmp_path, lambda weights: weights.update({"model.layers.61.eh_proj.weight": torch.ones(12, 24)}))
-    assert from_transformers(tmp_path).config.num_nextn_predict_layers == 0
-    assert "left out: 1 weights of multi-token prediction" in capsys.readouterr().out
+    for case, names in (
+        ("deepseek", ("model.layers.4.eh_proj.weight", "model.layers.4.mlp.experts.0.up_proj.weight")),
+        ("qwen3-next", ("mtp.fc.weight", "mtp.layers.0.mlp.experts.0.up_proj.weight")),
+    ):
+        make_native(case).save_pretrained(tmp_path / case)
+        edit(tmp_path / case, lambda weights, names=names: weights.update({name: torch.ones(4, 4) for name in names}))
+        assert from_transformers(tmp_path / case).config.num_nextn_predict_layers == 0
+        printed = capsys.readouterr().out
+        assert "left out: 2 weights of multi-token prediction" in printed and printed.count("\n") == 1
+    make_native("llama").save_pretrained(tmp_path / "llama")
+    edit(tmp_path / "llama", lambda weights: weights.update({"model.layers.4.eh_proj.weight": torch.ones(4, 4)}))
+    with pytest.raises(UserError, match="extra model.layers.4.eh_proj.weight"):
+        from_transformers(tmp_path / "llama")
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "mixtral", "deepseek", "qwen3-next"])
@@ -157,6 +166,7 @@ def test_a_damaged_file_is_refused(tmp_path):
         ('{"model_type": "bert"}', "model_type is 'bert': those that can be converted are llama, mistral, qwen3, "),
         ("[]", "model_type is None"),
         ("{", "is not valid JSON"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "config.json is no LlamaConfig: .*hidden_size"),
     ],
 )
 def test_a_folder_of_no_known_family(tmp_path, content, message):

@@ -14,7 +14,13 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttentio
 
 from minillm.models import MiniLLMConfig
 from minillm.models import attention as attention_module
-from minillm.models.attention import GroupedQueryAttention, PackedDocuments, attend, build_attention_mask, pack_documents
+from minillm.models.attention import (
+    GroupedQueryAttention,
+    PackedDocuments,
+    attend,
+    build_attention_mask,
+    pack_documents,
+)
 from minillm.models.positions import RotaryEmbedding
 from tests.toy_presets import toy_model
 
@@ -254,7 +260,9 @@ def test_masks_stay_dense_without_cuda():
 
 
 needs_kernel = pytest.mark.skipif(
-    not torch.cuda.is_available() or attention_module.varlen_attn is None or torch.cuda.get_device_capability() < (8, 0),
+    not torch.cuda.is_available()
+    or attention_module.varlen_attn is None
+    or torch.cuda.get_device_capability() < (8, 0),
     reason="torch's variable-length attention runs on CUDA devices of capability 8.0 and above",
 )
 

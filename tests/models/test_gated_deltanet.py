@@ -8,8 +8,7 @@ from transformers import DynamicCache, Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from minillm.interop import deltanet_layout
-from minillm.models import MiniLLMConfig
-from minillm.models import delta_rule
+from minillm.models import MiniLLMConfig, delta_rule
 from minillm.models.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from minillm.models.gated_deltanet import GatedDeltaNet, segments_of
 from tests.reference.gated_delta_rule import gated_delta_rule
@@ -122,18 +121,19 @@ def test_segments_count_the_documents_begun_and_padding_begins_none():
 @pytest.mark.parametrize("decay", [0.0, 30.0, 1e4])
 def test_extreme_decays_stay_finite(rule, decay):
     """From nothing forgotten over a long row to everything at every token."""
-    inputs = rule_inputs(500, decay=decay)
+    inputs = rule_inputs(300, decay=decay)
     results = with_gradients(rule, inputs)
     assert all(torch.isfinite(x).all() for x in results)
-    expected, _ = gated_delta_rule(*inputs)
-    assert far(results[0], expected) < EXACT
+    exact = with_gradients(recurrent_gated_delta_rule, [x.double() for x in inputs])
+    for ours, theirs in zip(results, exact):
+        assert far(ours, theirs) < EXACT
 
 
 def test_bf16_inputs_are_computed_in_fp32():
     inputs = [x.bfloat16() for x in rule_inputs(100)]
     output, state = chunked_gated_delta_rule(*inputs)
     assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
-    exact, exact_state = gated_delta_rule(*inputs)
+    exact, exact_state = recurrent_gated_delta_rule(*(x.double() for x in inputs))
     assert far(output, exact) < 2**-8  # one rounding to bf16
     assert far(state, exact_state) < EXACT
 
@@ -290,10 +290,9 @@ def test_bf16_mixer_is_close_and_finite():
     assert all(torch.isfinite(p.grad).all() for p in [rounded, *module.parameters()])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_training_path_compiles_in_one_piece(packed):
+def test_training_path_compiles_in_one_piece():
     module, x = mixer(), hidden(70)
-    mask = torch.arange(70).div(30, rounding_mode="floor").expand(2, -1) if packed else None
+    mask = torch.arange(70).div(30, rounding_mode="floor").expand(2, -1)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     results = []
     for call in (module, compiled):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMModel
-from minillm.models.mixers import build_mixer
 from minillm.models.feed_forward import build_mlp
+from minillm.models.mixers import build_mixer
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
 
@@ -167,6 +167,20 @@ def test_rotary_angles_survive_a_cast_of_the_model():
         ({"mlp_layer_types": ["dense", "thick"]}, ["mlp_layer_types holds 'thick'", "valid names are dense"]),
         ({"eos_token_id": 67}, ["eos_token_id is 67", "0 to 66"]),
         ({"num_key_value_heads": 3, "head_dim": 7}, ["num_key_value_heads is 3", "head_dim is 7"]),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, ["rope_type is 'ntk'", "valid names are linear"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, ["dynamic", "more than 2"]),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            ["low_freq_factor is 4.0", "below high_freq_factor"],
+        ),
     ],
 )
 def test_shapes_that_cannot_work_are_named(changes, parts):

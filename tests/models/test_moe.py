@@ -464,13 +464,13 @@ def test_runs_are_the_same_bit_for_bit(preset):
     assert_same(gradients_of(toy_model(preset)), gradients_of(toy_model(preset)), 0.0)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "deepseek-v3-mini", "qwen3-next-mini"])
 def test_activation_checkpointing_changes_nothing(preset):
     model = toy_model(preset)
     plain = gradients_of(model)
     model.gradient_checkpointing_enable()
     assert_same(gradients_of(model), plain, 1e-6)
-    assert plain["counts"].sum() == 4 * 23 * 4 * model.config.num_experts_per_tok  # 23 of 24 have a target; 4 layers
+    assert (plain["counts"][0].sum() == 4 * 23 * model.config.num_experts_per_tok).all()  # 23 of 24 have a target
 
 
 @pytest.mark.parametrize("preset", PRESETS)

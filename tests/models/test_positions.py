@@ -121,7 +121,8 @@ def test_softmax_scale_of_latent_attention_equals_deepseek(name):
 
 
 def test_learned_positions_are_rows_of_a_table():
-    positions = LearnedPositions(MiniLLMConfig(max_position_embeddings=8, hidden_size=6, position_embedding_type="learned"))
+    config = MiniLLMConfig(max_position_embeddings=8, hidden_size=6, position_embedding_type="learned")
+    positions = LearnedPositions(config)
     x, position_ids = torch.randn(2, 3, 6), torch.tensor([[0, 7, 2], [4, 4, 0]])
     moved, rotation = positions(x, position_ids)
     assert rotation is None
@@ -144,13 +145,13 @@ def test_sinusoids_are_the_formula():
         for t in range(2):
             p = position_ids[b, t].item()
             wave = [f(p / 10_000 ** (2 * i / 6)) for i in range(3) for f in (math.sin, math.cos)]
-            torch.testing.assert_close(moved[b, t], x[b, t] + torch.tensor(wave), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(moved[b, t], 6**0.5 * x[b, t] + torch.tensor(wave), rtol=1e-5, atol=1e-4)
     assert not list(positions.parameters()) and not list(positions.buffers())
 
 
 @pytest.mark.parametrize("kind", sorted(POSITIONS))
 def test_positions_keep_the_dtype_and_compile(kind):
-    config = MiniLLMConfig(hidden_size=64, num_hidden_layers=1, position_embedding_type=kind, max_position_embeddings=32)
+    config = MiniLLMConfig(hidden_size=64, position_embedding_type=kind, max_position_embeddings=32)
     positions = build_positions(config).to(torch.bfloat16)
     x, position_ids = torch.randn(2, 5, 64, dtype=torch.bfloat16), torch.arange(5)[None]
     moved, rotation = positions(x, position_ids)
