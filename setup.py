@@ -1,4 +1,4 @@
-"""Installation of minillm: `pip install -e .` (extras: tests, tensorboard)."""
+"""Installation of minillm: `pip install -e .` (extras: tests, tensorboard, tiktoken)."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,8 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "tests": ["pytest>=8", "ruff>=0.6", "accelerate>=1.1"],
+        "tests": ["pytest>=8", "ruff>=0.6", "accelerate>=1.1", "tiktoken>=0.8"],
+        "tiktoken": ["tiktoken>=0.8"],
         "tensorboard": ["tensorboard"],
     },
 )

@@ -292,6 +292,9 @@ def _linear(fields: Fields) -> list[str]:
             f"linear_num_key_heads is {fields['linear_num_key_heads']}: it must divide linear_num_value_heads "
             f"({fields['linear_num_value_heads']}), because each key head serves an equal group of value heads"
         )
+    if set(layer_types(fields)) == {"linear_attention"}:
+        # A cache of recurrent states alone does not know how many tokens it has seen, which `generate` asks.
+        problems.append("layer_types holds linear_attention alone: one layer or more must be of another type")
     return problems
 
 

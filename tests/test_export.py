@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())  # installed or not, it is not there from here on
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[2:]:
-    own = folder != "out/hf"
+    own = folder.startswith("own/")
     options = {"trust_remote_code": True} if own else {}
     config = AutoConfig.from_pretrained(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -89,12 +90,16 @@ def test_transformers_alone_loads_every_default_export(run, tmp_path, capsys):
     assert "LlamaForCausalLM (family llama, no trust_remote_code needed)" in printed
     assert 'AutoModelForCausalLM.from_pretrained("out/hf")' in printed
     expected = {"out/hf": logits_of(tiny_model(seed=20))}
+    for preset in ("gpt2-124m", "deepseek-v3-mini"):
+        expected[f"out/{preset}"] = logits_of(write_toy(tmp_path / preset, preset))
+        export.export(tmp_path / preset, Path(f"out/{preset}"))
+    capsys.readouterr()
     for preset, changes in OWN_CODE.items():
-        expected[f"out/{preset}"] = logits_of(write_toy(tmp_path / preset, preset, **changes))
-        assert export.main([str(tmp_path / preset), f"out/{preset}"]) == 0
+        expected[f"own/{preset}"] = logits_of(write_toy(tmp_path / preset, preset, **changes))
+        assert export.main([str(tmp_path / preset), f"own/{preset}"]) == 0
         printed = capsys.readouterr().out
         assert "trust_remote_code is needed" in printed
-        assert f'AutoModelForCausalLM.from_pretrained("out/{preset}", trust_remote_code=True)' in printed
+        assert f'AutoModelForCausalLM.from_pretrained("own/{preset}", trust_remote_code=True)' in printed
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
@@ -104,15 +109,15 @@ def test_transformers_alone_loads_every_default_export(run, tmp_path, capsys):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     ends = [END_OF_TEXT, IM_END]
-    assert result.stdout.splitlines() == [f"LlamaForCausalLM LlamaConfig {ends}"] + [
-        f"MiniLLMForCausalLM MiniLLMConfig {ends}"
-    ] * len(OWN_CODE)
+    classes = ["LlamaForCausalLM LlamaConfig", "GPT2LMHeadModel GPT2Config", "DeepseekV3ForCausalLM DeepseekV3Config"]
+    classes += ["MiniLLMForCausalLM MiniLLMConfig"] * len(OWN_CODE)
+    assert result.stdout.splitlines() == [f"{name} {ends}" for name in classes]
     for folder, logits in expected.items():
         np.testing.assert_allclose(np.load(tmp_path / f"{folder}.npy"), logits, atol=1e-4, rtol=0)
     # The same folder, with minillm at hand: its own class, and nothing from the folder is run.
-    model = minillm.load(tmp_path / "out/moe-876m", device="cpu")
+    model = minillm.load(tmp_path / "own/moe-876m", device="cpu")
     assert type(model).__module__ == "minillm.models.modeling_minillm"
-    np.testing.assert_allclose(logits_of(model), expected["out/moe-876m"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits_of(model), expected["own/moe-876m"], atol=1e-4, rtol=0)
 
 
 NATIVE = {

@@ -32,7 +32,12 @@ def from_transformers(source: PreTrainedModel | str | Path) -> MiniLLMForCausalL
     if isinstance(source, (str, Path)):
         folder = Path(source)
         family = require_known_family(_model_type(folder), folder / "config.json")
-        native, place = load_strictly(family.model_class, folder, _left_out_of_folder(folder, family)), str(folder)
+        config = _read_config(family, folder)
+        family.config_to_ours(config)  # refuses before gigabytes are read
+        passed_over = family.multi_token(config)
+        if extra := sum(name.startswith(passed_over) for name in stored_tensors(folder)):
+            say(f"left out: {extra} weights of multi-token prediction in {folder}, which {family.model_name} lacks")
+        native, place = load_strictly(family.model_class, folder, passed_over), str(folder)
     else:
         native, place = source, type(source).__name__
         family = require_known_family(getattr(getattr(native, "config", None), "model_type", None), place)
@@ -116,11 +121,3 @@ def _read_config(family: Family, folder: Path) -> PretrainedConfig:
         return family.config_class.from_pretrained(folder, local_files_only=True)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{folder / 'config.json'} is no {family.config_name}: {error}") from error
-
-
-def _left_out_of_folder(folder: Path, family: Family) -> tuple[str, ...]:
-    """How the names of a folder's multi-token weights begin; a line says how many there are."""
-    prefixes = family.multi_token(_read_config(family, folder))
-    if extra := sum(name.startswith(prefixes) for name in stored_tensors(folder)):
-        say(f"left out: {extra} weights of multi-token prediction in {folder}, which {family.model_name} lacks")
-    return prefixes

@@ -30,7 +30,7 @@ def require_native_family(config: MiniLLMConfig) -> Family:
     nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(fields)))
     raise UserError(
         f"no class of transformers computes this config (the nearest is {nearest.model_name}, but "
-        f"{'; '.join(nearest.differences(fields))}): export it with its own code, or use --format minillm"
+        f"{'; '.join(nearest.differences(fields))}): `python -m minillm.export` writes it with its own code"
     )
 
 

@@ -73,7 +73,6 @@ class Family:
         config_name, model_name: transformers' classes.
         names: our field -> theirs, values as they are.
         fixed: our fields that always have this value in the family.
-        rules: the weights, given the native config.
         fixed_if_sparse: the same, where a layer has experts.
         required: their options that must have this value.
         mixers, mlps: the layer_types and mlp_layer_types it can have.
@@ -81,6 +80,7 @@ class Family:
         write: our fields -> the rest of theirs.
         problems: further reasons why a config of ours is not of this family.
         carried: our fields that `read` and `write` convert.
+        rules: the weights, given the native config.
         multi_token: how the names of weights of multi-token prediction begin in published folders.
     """
 
@@ -136,7 +136,7 @@ class Family:
         fields = {ours: getattr(config, theirs, None) for ours, theirs in self.names.items()}
         fields |= self.fixed
         if self.rotates:
-            fields |= _read_rope(config)
+            fields |= _read_rope(config, what)
             partial = fields["partial_rotary_factor"]
             if self.fixed.get("partial_rotary_factor", partial) != partial:
                 raise UserError(f"{what}: partial_rotary_factor is {partial}: {self.model_name} rotates whole heads")
@@ -173,9 +173,11 @@ class Family:
         return theirs
 
 
-def _read_rope(config: PretrainedConfig) -> dict[str, object]:
+def _read_rope(config: PretrainedConfig, what: str) -> dict[str, object]:
     """Their rope_parameters as our rope_theta, rope_scaling and partial_rotary_factor."""
     rope = {name: value for name, value in config.rope_parameters.items() if value is not None and name != "type"}
+    if "rope_theta" not in rope:
+        raise UserError(f"{what}: rope_parameters is {rope}: only one set for all layers can be converted")
     theta, partial = float(rope.pop("rope_theta")), float(rope.pop("partial_rotary_factor", 1.0))
     if rope.get("rope_type", "default") == "default":
         return {"rope_theta": theta, "rope_scaling": None, "partial_rotary_factor": partial}

@@ -156,7 +156,7 @@ def load_strictly(
         f"{name} has shape {list(there)}, the config says {list(wanted)}"
         for name, there, wanted in sorted(info["mismatched_keys"])
     ]
-    problems += info["error_msgs"] and [str(info["error_msgs"])]
+    problems += [str(message) for message in info["error_msgs"]]
     if model.config.tie_word_embeddings and not problems:
         problems += _tied_problems(model, stored)
     _refuse(str(folder), problems)

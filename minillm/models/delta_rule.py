@@ -25,15 +25,12 @@ C tokens of a chunk, n chunks, p chunks of a part, M = B K.
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-
-try:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as flash_chunks
-except ImportError:
-    flash_chunks = None
 
 CHUNK = 64
 # Decays below e ** -FORGOTTEN are 0: far below fp32's precision, and products of them would be denormal numbers, with
@@ -105,6 +102,17 @@ def chunked_gated_delta_rule(
     return output.to(v.dtype), state
 
 
+def _flash_kernel() -> Callable | None:
+    """flash-linear-attention's chunked rule; None where it is not installed. By name: nothing here requires it."""
+    try:
+        return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    except ImportError:
+        return None
+
+
+flash_chunks = _flash_kernel()
+
+
 def flash_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -113,7 +121,7 @@ def flash_gated_delta_rule(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """chunked_gated_delta_rule by flash-linear-attention's kernels; arguments as there, on a GPU, without segments."""
+    """chunked_gated_delta_rule by flash-linear-attention's kernels: bf16 or fp16 on a GPU, without segments."""
     groups = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
     return flash_chunks(

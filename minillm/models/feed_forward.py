@@ -2,7 +2,7 @@
 
 The seam: a dense block is built as Block(config, intermediate_size) and called as `block(x)`, [B, T, D] in and out. A
 sparse one is built as SparseMoE(config) and called as `moe(x, counted)`; it returns its output and what its router did
-(minillm.models.moe.Routing), or None for the latter where `counted` is None.
+(minillm.models.balancing.Routing), or None for the latter where `counted` is None.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from minillm.models.balancing import TERMS, Routing
 from minillm.models.configuration_minillm import MiniLLMConfig
-from minillm.models.moe import Routing
 
 IGNORE = -100
 
@@ -80,12 +80,3 @@ def auxiliary_losses(
             losses[name] = sum((routing.terms[name] * share).sum() for routing in routings)
             total = total + coefficient * losses[name]
     return losses, total
-
-
-# name in `losses` and in Routing.terms -> the field with its coefficient
-TERMS = {
-    "load_balancing": "router_aux_loss_coef",
-    "importance": "router_importance_loss_coef",
-    "router_z": "router_z_loss_coef",
-    "sequence_balancing": "router_sequence_loss_coef",
-}

@@ -22,6 +22,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from minillm.models.balancing import Routing
 from minillm.models.chat import encode_chat
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.feed_forward import build_mlp, is_sparse
@@ -35,7 +36,6 @@ from minillm.models.loss import (
     token_loss,
 )
 from minillm.models.mixers import build_masks, build_mixer, layer_type_of
-from minillm.models.moe import Routing
 from minillm.models.multi_token import MultiTokenModule
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
@@ -76,7 +76,7 @@ class MiniLLMModelOutput(BaseModelOutputWithPast):
     """The decoder's hidden states, and in training what its routers did and its multi-token modules made."""
 
     routings: tuple[Routing, ...] | None = None  # one a sparse layer, multi-token modules last
-    multi_token_states: tuple[torch.Tensor, ...] | None = None  # [B, T, D] each, the k-th of them k tokens further ahead
+    multi_token_states: tuple[torch.Tensor, ...] | None = None  # [B, T, D] each, the k-th k tokens further ahead
 
 
 @dataclass

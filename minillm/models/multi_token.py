@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from minillm.models.balancing import Routing
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.linear import Linear
-from minillm.models.moe import Routing
 from minillm.models.normalization import build_norm
 
 

@@ -139,14 +139,15 @@ def test_bf16_inputs_are_computed_in_fp32():
 
 
 def test_what_the_chunks_keep_for_backward():
-    """Seven tensors of the size of v and the states, however many operations there are."""
+    """Eight tensors of the size of v, the states among them, however many operations there are."""
     inputs = [x.requires_grad_() for x in rule_inputs(256)]
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         chunked_gated_delta_rule(*inputs)
-    tokens = BATCH * 256
-    one = tokens * VALUE_HEADS * 64  # a chunk's decays between its tokens: the largest kind of tensor here
-    assert sum(t.numel() for t in kept.values()) < 4 * one
+    pairs = BATCH * VALUE_HEADS * 256 * 64  # the largest kind here: a number for each two tokens of a chunk
+    # Decays and inverses [C, C] a value head, scores [2C, C] a key head; the others are a head dim a token, or less.
+    largest = (2 + 2 * KEY_HEADS / VALUE_HEADS) * pairs
+    assert sum(t.numel() for t in kept) < largest + 8 * BATCH * VALUE_HEADS * 256 * KEY_DIM
 
 
 # The mixer -----------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_padding_changes_nothing(side):
 @pytest.mark.parametrize("parts", [[20] + [1] * 5, [1] * 8, [2, 1, 70, 3], [65, 64, 1, 1]])
 @torch.no_grad()
 def test_prefill_and_steps_equal_one_pass(parts):
-    module, cache = mixer(), None
+    module = mixer()
     x = hidden(sum(parts))
     cache = empty_cache(module)
     outputs = torch.cat([module(part, past_key_values=cache) for part in x.split(parts, dim=1)], dim=1)
@@ -257,7 +258,7 @@ def test_prefill_and_steps_equal_one_pass(parts):
 
 @torch.no_grad()
 def test_left_padded_rows_decode_like_single_ones():
-    module, cache = mixer(), None
+    module = mixer()
     x = hidden(12)
     mask = torch.tensor([[-1] * 5 + [0] * 4, [0] * 9])
     cache = empty_cache(module)
@@ -374,3 +375,8 @@ def test_a_finished_mask_is_refused():
     model = toy_model("qwen3-next-mini", **DENSE)
     with pytest.raises(ValueError, match="linear_attention"):
         model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+
+def test_a_model_of_linear_layers_alone_is_refused():
+    with pytest.raises(ValueError, match="linear_attention alone"):
+        MiniLLMConfig(**toy_fields("qwen3-next-mini", **DENSE, layer_types=["linear_attention"] * 4))

@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
+from minillm.models.balancing import TERMS, Routing
 from minillm.models.loss import (
-    TERMS,
     auxiliary_losses,
     count_targets,
     counted_tokens,
@@ -16,7 +16,6 @@ from minillm.models.loss import (
     targets_ahead,
     token_loss,
 )
-from minillm.models.moe import Routing
 
 NONE = -100
 

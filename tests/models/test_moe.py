@@ -15,10 +15,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
 
 import minillm.models.linear as linear
-import minillm.models.moe as moe
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.models.loss import IGNORE, TERMS, auxiliary_losses, counted_tokens
-from minillm.models.moe import BALANCING, SparseMoE
+from minillm.models.balancing import BALANCING, TERMS, Routing, Tally, importance
+from minillm.models.loss import IGNORE, auxiliary_losses, counted_tokens
+from minillm.models.moe import SparseMoE
 from tests.toy_presets import toy_model
 
 D, H, E, K = 24, 16, 8, 3
@@ -171,7 +171,7 @@ KINDS = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_experts_equal_a_loop_over_tokens(route, kind, grouped, monkeypatch):
     # torch's grouped product runs on a CPU as well, which shows that both ways are right.
-    monkeypatch.setattr(moe, "_can_group", lambda *_: grouped)
+    monkeypatch.setattr("minillm.models.experts._can_group", lambda *_: grouped)
     experts, indices = block_of(**KINDS[kind]).experts, ROUTES[route]
     activation = {"gelu": F.gelu, "gelu_new without biases": lambda x: F.gelu(x, approximate="tanh")}.get(kind, F.silu)
     applied = Applied(experts, torch.rand(indices.shape), indices)
@@ -187,7 +187,7 @@ def test_bf16_is_as_close_to_exact_as_roundings_allow(kind, path, monkeypatch):
     experts, indices = block_of(**KINDS[kind]).experts.bfloat16(), spread(40)
     x, weights = torch.randn(40, D).bfloat16(), torch.rand(indices.shape)
     exact = outputs_and_gradients(Applied(copy.deepcopy(experts).double(), weights.double(), indices), x.double())
-    monkeypatch.setattr(moe, "_can_group", lambda *_: path == "grouped")
+    monkeypatch.setattr("minillm.models.experts._can_group", lambda *_: path == "grouped")
     monkeypatch.setattr(linear, "CPU_MULTIPLIES_BF16", path != "loop, widened")
     ours = outputs_and_gradients(Applied(experts, weights, indices), x)
     for name, truth in exact.items():
@@ -266,10 +266,13 @@ def test_routing_is_fp32_in_a_bf16_model(router):
     torch.testing.assert_close(choice.logits.double(), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sigmoid_router_uses_the_best_groups_only():
+@pytest.mark.parametrize("shift", [0, -20], ids=["positive", "negative"])
+def test_a_sigmoid_router_uses_the_best_groups_only(shift):
     block = block_of(**SIGMOID, num_experts_per_tok=4)
     with torch.no_grad():
-        block.gate.e_score_correction_bias.copy_(torch.tensor([0, 0, 9, 9, 5, 0, 3, 3.0]))  # groups: 0, 18, 5, 6
+        block.gate.e_score_correction_bias.copy_(
+            shift + torch.tensor([0, 0, 9, 9, 5, 0, 3, 3.0])
+        )  # groups: 0, 18, 5, 6
     assert set(block.gate(inputs()[0]).indices.flatten().tolist()) == {2, 3, 6, 7}
 
 
@@ -278,7 +281,7 @@ def test_a_sigmoid_router_uses_the_best_groups_only():
 ALL_TERMS = dict.fromkeys(TERMS.values(), 0.1)
 
 
-def routed(block, x, counted) -> moe.Routing:
+def routed(block, x, counted) -> Routing:
     return block(x, counted)[1]
 
 
@@ -328,9 +331,9 @@ def test_sigmoid_probabilities_are_normalised_scores():
 
 
 def test_importance_of_two_known_distributions():
-    tally = moe.Tally(None, torch.tensor([[0.25] * 4, [0.5, 0.25, 0.25, 0.0]]), None, 2)
+    tally = Tally(None, torch.tensor([[0.25] * 4, [0.5, 0.25, 0.25, 0.0]]), None, 2)
     # log 4 - (1/2 log 2 + 2/4 log 4) = 2 log 2 - 1.5 log 2
-    torch.testing.assert_close(moe.importance(tally), torch.tensor([0.0, 0.5 * math.log(2)]))
+    torch.testing.assert_close(importance(tally), torch.tensor([0.0, 0.5 * math.log(2)]))
 
 
 def test_load_balancing_equals_that_of_transformers():

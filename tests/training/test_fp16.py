@@ -1,0 +1,41 @@
+"""fp16 with loss scaling: refused in one line without a GPU; on one, it learns, overflows without losing a batch, resumes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from minillm.training import loop
+from minillm.utils.errors import UserError
+from tests.launching import ROOT, checkpoint, losses, same_bits
+from tests.training.in_process import load, train
+
+FP16 = json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text())
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 is for GPUs: DeepSpeed refuses it on a CPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_is_refused_before_anything_is_written(settings, tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a GPU.*zero2.json"):
+        loop.train(load(settings), FP16)
+    assert not list(tmp_path.glob("r"))
+
+
+@needs_gpu
+@pytest.mark.usefixtures("group")
+def test_it_resumes_to_the_same_bits_with_its_scale(settings, tmp_path):
+    # 2^24 overflows at once, so the first step is taken again at lower scales.
+    overflowing = {**FP16, "fp16": {**FP16["fp16"], "initial_scale_power": 24}}
+    straight = {**settings, "run_name": "straight", "train.max_steps": 8, "checkpoint.every": 4}
+    train(straight, overflowing)
+    broken = {**straight, "run_name": "broken", "optim.lr_schedule": "constant"}
+    assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
+    saved = json.loads((tmp_path / "straight/checkpoints/step-000004/trainer_state.json").read_text())
+    assert saved["loss_scale"]["cur_scale"] < 2.0**24
+    train({**straight, "optim.lr_schedule": "constant", "run_name": "constant"}, overflowing)
+    train({**broken, "train.max_steps": 4}, overflowing)
+    train(broken, overflowing)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "constant")
+    assert same_bits(checkpoint(tmp_path / "broken", 8), checkpoint(tmp_path / "constant", 8))
