@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, object]] = {
         num_attention_heads=4, num_key_value_heads=4, head_dim=32,
         max_position_embeddings=128, position_embedding_type="learned",
         norm_type="layernorm", mlp_type="mlp", hidden_act="gelu", attention_bias=True, mlp_bias=True,
-        attention_dropout=0.1, hidden_dropout=0.1, embedding_dropout=0.1,
+        attention_dropout=0.1, hidden_dropout=0.1, embedding_dropout=0.1, initializer_range=0.08,
     ),
     # GPT-2 small (Radford et al. 2019; openai/gpt-2).
     "gpt2-124m": _preset(

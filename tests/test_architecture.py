@@ -1,7 +1,7 @@
 """The import law, read from the syntax trees: arrows only point down, DeepSpeed and W&B stay where they belong.
 
-Imports inside functions count. The floors are DESIGN section 2's, with architecture, presets and accounting beside config.py (the
-README's design notes say why).
+Imports inside functions count. The floors are DESIGN section 2's, with architecture, presets and accounting beside
+config.py (the README's design notes say why).
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def test_parameter_counts_are_the_codes():
 
 
 def test_the_table_of_architectures_is_the_codes():
-    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+)M \| ([\d.]+)M \| ([\d.]+) \| ([\d,]+) \|", README, flags=re.MULTILINE)
+    columns = r"^\| `([\w-]+)` \| ([\d.]+)M \| ([\d.]+)M \| ([\d.]+) \| ([\d,]+) \|"
+    rows = re.findall(columns, README, flags=re.MULTILINE)
     assert {row[0] for row in rows} == set(PRESETS) - {"demo"}
     for name, *numbers in rows:
         fields = PRESETS[name]

@@ -103,6 +103,7 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MiniLLMDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

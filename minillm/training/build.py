@@ -157,8 +157,8 @@ def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
             raise UserError(f"model: {error}") from error
     if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
-            f"model.vocab_size = {config.vocab_size}: the tokenizer {run.data.tokenizer} has {vocabulary_size(tokenizer)} tokens; "
-            f"set model.vocab_size to at least that, or train a smaller tokenizer"
+            f"model.vocab_size = {config.vocab_size}: the tokenizer {run.data.tokenizer} has "
+            f"{vocabulary_size(tokenizer)} tokens; set model.vocab_size to at least that, or train a smaller tokenizer"
         )
     if run.data.seq_len > config.max_position_embeddings:
         raise UserError(

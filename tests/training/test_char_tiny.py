@@ -28,7 +28,6 @@ def prepare(folder: Path, tasks: list[str], documents: int) -> tuple[dict[str, o
         "data.tokenizer": str(folder / "tokenizer"), "data.cache_dir": str(folder / "cache"), "data.seq_len": 128,
         "model.preset": "char-tiny", "run_root": str(folder), "run_name": "r", "train.train_batch_size": 8,
         "train.train_micro_batch_size_per_gpu": 8, "optim.learning_rate": 4e-3, "optim.warmup_ratio": 0.03,
-        "model.initializer_range": 0.08,
         "validation.every": 0, "validation.max_sequences": 32, "samples.every": 0, "checkpoint.every": 0,
         "log.every": 1, "log.wandb": "disabled",
     }  # fmt: skip

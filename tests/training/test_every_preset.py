@@ -3,7 +3,7 @@
 Two starts of two ranks train all presets: in the first each runs straight through and another copy stops half-way; in
 the second, a new process, the copies go on. Laws 1 and 2 of the project for each mechanism: bitwise the same after the
 break (weights, moments, balancing biases, every loss), and the same losses as one forward pass over the whole batch in
-plain torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on, so their split over ranks is tested too.
+plain torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on: their split over ranks is tested too.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ STEPS, HALF, COMPARED, BATCH, RATE, CLIP, DECAY = 20, 10, 5, 8, 3e-3, 1.0, 0.1
 FP32 = {"zero_optimization": {"stage": 2}}
 FP32_ZERO3 = {"zero_optimization": {"stage": 3}}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}}
-import os
-NAMES = os.environ.get("ONLY","").split(",") if os.environ.get("ONLY") else [name for name in PRESETS if name != "demo"]
+NAMES = [name for name in PRESETS if name != "demo"]
 NOISY = [name for name in NAMES if PRESETS[name]["router_type"] == "noisy_topk"]
 
 

@@ -1,4 +1,4 @@
-"""fp16 with loss scaling: refused in one line without a GPU; on one, it learns, overflows without losing a batch, resumes."""
+"""fp16 with loss scaling: refused without a GPU; on one, it learns, overflows without losing a batch, and resumes."""
 
 from __future__ import annotations
 

@@ -100,7 +100,14 @@ def test_resume_announces_itself_and_may_change_what_it_may(settings, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "key, value", [("seed", 7), ("data.seq_len", 32), ("data.stride", 16), ("train.train_batch_size", 16), ("model.hidden_size", 96)]
+    "key, value",
+    [
+        ("seed", 7),
+        ("data.seq_len", 32),
+        ("data.stride", 16),
+        ("train.train_batch_size", 16),
+        ("model.hidden_size", 96),
+    ],
 )
 def test_resume_refuses_what_defines_the_run(settings, tmp_path, key, value):
     train(settings)
