@@ -16,7 +16,9 @@ if str(ROOT) not in sys.path:  # works from a clone without `pip install`
     sys.path.insert(0, str(ROOT))
 
 from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
+from minillm.architecture import DEFAULTS  # noqa: E402
 from minillm.config import RunConfig, load_run_config, model_overrides, raise_problems  # noqa: E402
+from minillm.interop.load import newest_run_checkpoint, resolve_model_folder  # noqa: E402
 from minillm.presets import PRESETS  # noqa: E402
 from minillm.training.deepspeed_config import (  # noqa: E402
     model_state_bytes,
@@ -25,7 +27,8 @@ from minillm.training.deepspeed_config import (  # noqa: E402
     resolve_deepspeed_config,
     zero_stage,
 )
-from minillm.utils.errors import exit_on_user_error  # noqa: E402
+from minillm.utils.errors import UserError, exit_on_user_error  # noqa: E402
+from minillm.utils.files import read_json  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 
 BUILTIN_ROOT = Path("data/python-docs")
@@ -103,25 +106,54 @@ def print_plan(run: RunConfig, deepspeed_config: dict, world_size: int) -> None:
     """What --dry-run shows."""
     if not is_main_process():
         return
-    fields = {**PRESETS[run.model.preset], **model_overrides(run)}
-    counts = num_parameters(fields)
     stage = zero_stage(deepspeed_config)
-    memory = model_state_bytes(counts["total"], deepspeed_config, world_size)
-    on_host = memory.pop("host")
-    parts = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in memory.items())
-    parts += f"; {on_host / 2**20:,.1f} MiB on the host" if on_host else ""
     accumulation = deepspeed_config["gradient_accumulation_steps"]
     length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.num_epochs:g} epochs"
     rows = {
         "run": f"{run.run_name} ({run.stage}) in {run.run_dir}, {length}",
-        "model": f"{run.model.preset}" + (f", weights from {run.model.init_from}" if run.model.init_from else ""),
-        "parameters": f"{counts['total']:,} ({counts['non_embedding']:,} without embeddings)",
-        "FLOPs a token": f"{flops_per_token(fields, run.data.seq_len):,} (6 N + 6 L D T, forward and backward)",
+        **describe_model(run, deepspeed_config, world_size),
         "batch": f"{run.train.train_batch_size} sequences of {run.data.seq_len} = "
         f"{run.train.train_micro_batch_size_per_gpu} x {accumulation} micro-steps x {world_size} rank(s)",
         "DeepSpeed": f"ZeRO-{stage}, {precision(deepspeed_config)}",
-        "memory a GPU": f"{sum(memory.values()) / 2**20:,.1f} MiB before activations ({parts})",
         "data": f"{run.data.train} | {run.data.validation}",
     }
     for name, value in rows.items():
         print(f"{name:14s} {value}")
+
+
+def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> dict[str, str]:
+    """The rows about the model: the preset's, or those of the weights the run starts with, where they are there."""
+    fields, name = {**PRESETS[run.model.preset], **model_overrides(run)}, run.model.preset
+    if run.model.init_from is not None:
+        fields, name = base_fields(run)
+        if fields is None:
+            return {"model": name}
+    counts = num_parameters(fields)
+    active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
+    memory = model_state_bytes(counts["total"], deepspeed_config, world_size)
+    on_host = memory.pop("host")
+    parts = ", ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in memory.items())
+    parts += f"; {on_host / 2**20:,.1f} MiB on the host" if on_host else ""
+    return {
+        "model": name,
+        "parameters": f"{counts['total']:,}{active} ({counts['non_embedding']:,} without embeddings)",
+        "FLOPs a token": f"{flops_per_token(fields, run.data.seq_len):,} (forward and backward, attention included)",
+        "memory a GPU": f"{sum(memory.values()) / 2**20:,.1f} MiB before activations ({parts})",
+    }
+
+
+def base_fields(run: RunConfig) -> tuple[dict[str, object] | None, str]:
+    """The architecture `model.init_from` names, with the run's overrides, and what to call it; None where it cannot be
+    told without loading it."""
+    name = f"that of {run.model.init_from}"
+    try:
+        base = newest_run_checkpoint(Path(run.run_root), "pretrain") if run.model.init_from == "newest" else (
+            resolve_model_folder(run.model.init_from, run.run_root)
+        )  # fmt: skip
+    except UserError:
+        return None, f"{name}, which is not there yet"
+    config = read_json(base / "config.json")
+    if config.get("model_type") != "minillm":
+        return None, f"{name}: {base}, a {config.get('model_type')} model"
+    known = {field: config[field] for field in DEFAULTS if field in config}
+    return {**DEFAULTS, **known, **model_overrides(run)}, f"{name}: {base}"

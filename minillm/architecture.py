@@ -7,6 +7,7 @@ Field names are transformers' where transformers has one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 Fields = Mapping[str, object]
@@ -110,7 +111,7 @@ _POSITIVE_INTEGERS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings n_group topk_group"
 ).split()
-_POSITIVE = "rope_theta partial_rotary_factor rms_norm_eps initializer_range routed_scaling_factor".split()
+_POSITIVE = "rms_norm_eps initializer_range routed_scaling_factor".split()
 _NOT_NEGATIVE = (
     "shared_expert_intermediate_size router_aux_loss_coef router_importance_loss_coef router_z_loss_coef "
     "router_sequence_loss_coef router_bias_update_speed num_nextn_predict_layers mtp_loss_coef"
@@ -118,6 +119,12 @@ _NOT_NEGATIVE = (
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "embedding_dropout")
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 LINEAR_FIELDS = tuple(name for name in DEFAULTS if name.startswith("linear_"))
+_ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+EXPERT_OPTIONS = (
+    "shared_expert_intermediate_size shared_expert_gate router_type norm_topk_prob routed_scaling_factor n_group "
+    "topk_group router_aux_loss_coef router_importance_loss_coef router_z_loss_coef router_sequence_loss_coef "
+    "router_bias_update_speed"
+).split()
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -146,8 +153,13 @@ def problems_of(fields: Fields) -> list[str]:
     return []
 
 
+def context_problems(overrides: Fields) -> list[str]:
+    """What is wrong with those fields alone that may differ from the weights a run starts with."""
+    return _types({**DEFAULTS, **{name: value for name, value in overrides.items() if name in DEFAULTS}})
+
+
 def _is_number(value: object, integer: bool = False) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int if integer else (int, float))
+    return not isinstance(value, bool) and isinstance(value, int if integer else (int, float)) and math.isfinite(value)
 
 
 def _types(fields: Fields) -> list[str]:
@@ -155,6 +167,8 @@ def _types(fields: Fields) -> list[str]:
     for names, integer, rule, holds in (
         (_POSITIVE_INTEGERS, True, "a whole number above 0", lambda x: x > 0),
         (_POSITIVE, False, "a number above 0", lambda x: x > 0),
+        (("partial_rotary_factor",), False, "a part of the head, above 0 and at most 1", lambda x: 0 < x <= 1),
+        (("rope_theta",), False, "a number above 1", lambda x: x > 1),
         (_NOT_NEGATIVE, False, "a number, 0 or more", lambda x: x >= 0),
         (_DROPOUTS, False, "a probability, from 0 to below 1", lambda x: 0 <= x < 1),
     ):
@@ -180,12 +194,13 @@ def _rope_scaling(scaling: object) -> list[str]:
     if not isinstance(scaling, Mapping):
         return [f"rope_scaling is {scaling!r}: it must be null or a mapping with rope_type and factor"]
     kind = scaling.get("rope_type")
-    if kind not in ROPE_SCALING:
-        return [f"rope_scaling: rope_type is {kind!r}: valid names are {', '.join(ROPE_SCALING)}"]
+    if not isinstance(kind, str) or kind not in ROPE_SCALING:
+        names = ", ".join(ROPE_SCALING)
+        return [f"rope_scaling: rope_type is {kind!r}: valid names are {names} (and null in its place for none)"]
     needed, optional = ROPE_SCALING[kind]
     problems = [f"rope_scaling: {kind} needs {name}" for name in ("factor", *needed) if name not in scaling]
     known = {"rope_type", "factor", *needed, *optional}
-    problems += [f"rope_scaling: {kind} does not know {name}" for name in sorted(set(scaling) - known)]
+    problems += [f"rope_scaling: {kind} does not know {name}" for name in sorted(map(str, set(scaling) - known))]
     for name, value in scaling.items():
         if name not in ("rope_type", "truncate") and name in known and not (_is_number(value) and value > 0):
             problems.append(f"rope_scaling: {name} is {value!r}: it must be a number above 0")
@@ -210,7 +225,8 @@ def _layers(fields: Fields) -> list[str]:
             continue
         if len(values) != fields["num_hidden_layers"]:
             problems.append(
-                f"{name} names {len(values)} layers: it must name num_hidden_layers ({fields['num_hidden_layers']})"
+                f"{name} names {len(values)} layers: it must name num_hidden_layers ({fields['num_hidden_layers']}); "
+                f"give it too (null: all of them {'full_attention' if name == 'layer_types' else 'dense'})"
             )
         for value in sorted({str(v) for v in values} - set(valid)):
             problems.append(f"{name} holds {value!r}: valid names are {', '.join(valid)}")
@@ -229,6 +245,8 @@ def _shapes(fields: Fields) -> list[str]:
         problems.append(
             f"sliding_window is {fields['sliding_window']}: sliding_attention layers need it, and nothing else reads it"
         )
+    if fields["sliding_window"] == 1:
+        problems.append("sliding_window is 1: a token would see itself alone; it must be 2 or more")
     if fields["mlp_type"] == "swiglu" and fields["hidden_act"] != "silu":
         problems.append(f"hidden_act is {fields['hidden_act']!r}: swiglu is gated by silu; the others go with mlp")
     if fields["mlp_type"] == "swiglu" and fields["mlp_bias"]:
@@ -238,8 +256,7 @@ def _shapes(fields: Fields) -> list[str]:
     elif extra := [name for name in ("q_lora_rank", *MLA_FIELDS) if fields[name] is not None]:
         problems.append(f"{', '.join(extra)}: only attention_type mla reads them; leave them null")
     if fields["position_embedding_type"] != "rope":
-        if fields["rope_scaling"] is not None or fields["partial_rotary_factor"] != 1.0:
-            problems.append("rope_scaling, partial_rotary_factor: only position_embedding_type rope reads them")
+        problems += _unread(fields, _ROTARY, "position_embedding_type rope")
     elif rotary_dim(fields) is not None and (rotary_dim(fields) % 2 or not rotary_dim(fields)):
         problems.append(
             f"head_dim is {fields['head_dim']}, of which {rotary_dim(fields)} dimensions rotate: rotary positions turn "
@@ -253,8 +270,10 @@ def _shapes(fields: Fields) -> list[str]:
         problems.append(f"{', '.join(extra)}: only linear_attention layers read them; leave them null")
     if "sparse" in mlps:
         problems += _experts(fields)
-    elif extra := [name for name in EXPERT_FIELDS if fields[name] is not None]:
-        problems.append(f"{', '.join(extra)}: only sparse layers (mlp_layer_types) read them; leave them null")
+    else:
+        problems += _unread(fields, (*EXPERT_FIELDS, *EXPERT_OPTIONS), "sparse layers (mlp_layer_types)")
+    if not fields["num_nextn_predict_layers"]:
+        problems += _unread(fields, ("mtp_loss_coef",), "num_nextn_predict_layers above 0")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = fields[name]
         for token in value if isinstance(value, list) else [value]:
@@ -263,15 +282,24 @@ def _shapes(fields: Fields) -> list[str]:
     return problems
 
 
+def _unread(fields: Fields, names: tuple[str, ...], reader: str) -> list[str]:
+    """Fields that nothing would read, and that are not at their defaults."""
+    return [
+        f"{name} is {fields[name]!r}: only {reader} reads it; leave it at {DEFAULTS[name]!r}"
+        for name in names
+        if fields[name] != DEFAULTS[name]
+    ]
+
+
 def _mla(fields: Fields, kinds: set[str]) -> list[str]:
     problems = [f"{name} is null: attention_type mla needs it" for name in MLA_FIELDS if fields[name] is None]
     if "sliding_attention" in kinds:
         problems.append("layer_types holds 'sliding_attention': mla has no sliding window; use full_attention, or gqa")
     if fields["position_embedding_type"] != "rope":
         problems.append(f"position_embedding_type is {fields['position_embedding_type']!r}: mla needs rope")
-    for name in ("attention_bias", "qk_norm", "attention_output_gate"):
-        if fields[name]:
-            problems.append(f"{name} is true: mla does not have it; use attention_type gqa, or false")
+    problems += _unread(
+        fields, ("attention_bias", "qk_norm", "attention_output_gate", "partial_rotary_factor"), "attention_type gqa"
+    )
     if fields["num_key_value_heads"] != fields["num_attention_heads"]:
         problems.append(
             f"num_key_value_heads is {fields['num_key_value_heads']}: mla has one key and value for each of the "
@@ -303,6 +331,10 @@ def _experts(fields: Fields) -> list[str]:
     if problems:
         return problems
     experts, top, groups = fields["num_experts"], fields["num_experts_per_tok"], fields["n_group"]
+    if fields["shared_expert_gate"] and not fields["shared_expert_intermediate_size"]:
+        problems.append("shared_expert_gate is true: there is no shared expert (shared_expert_intermediate_size is 0)")
+    if fields["router_type"] == "noisy_topk" and not fields["norm_topk_prob"]:
+        problems.append("norm_topk_prob is false: noisy_topk takes a softmax over the chosen, which adds up to 1")
     if top > experts:
         problems.append(f"num_experts_per_tok is {top}: there are only {experts} experts (num_experts)")
     if fields["router_type"] != "sigmoid":

@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from minillm.architecture import problems_of
+from minillm.architecture import DEFAULTS, context_problems, problems_of
 from minillm.presets import PRESETS
 from minillm.utils.errors import UserError
 
 AUTO_MICRO_BATCH = 8
 # What may differ from the weights a run starts with: the way positions are turned, which has no parameters.
 CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 RUN_NAME = r"^\w[\w.\-]*$"
 
 
@@ -303,12 +304,18 @@ def check_model(run: RunConfig) -> list[str]:
                 f"model.{name} = {value!r}: the model comes from model.init_from; its shape cannot change (only "
                 f"{', '.join(CONTEXT_FIELDS)} can, to lengthen the context)"
             )
+        if name in TOKEN_IDS:
+            problems.append(f"model.{name} = {value!r}: token ids are the tokenizer's; leave it out")
+            continue
         try:
-            fields[name] = section.model_extra[name] = convert(value, fields[name])
+            fields[name] = section.model_extra[name] = convert_field(name, value, fields[name])
         except ValueError as error:
             problems.append(f"model.{name} = {value!r}: {error}")
     if section.init_from is None:
-        problems += [f"model.{problem}" for problem in problems_of(fields)]
+        known = {**fields, **dict.fromkeys(TOKEN_IDS)}  # a smaller vocabulary than the preset's has other ids
+        problems += [f"model.{problem}" for problem in problems_of(known)]
+    else:
+        problems += [f"model.{problem}" for problem in context_problems(model_overrides(run))]
     if section.init_from is None and run.data.seq_len > fields["max_position_embeddings"]:
         problems.append(
             f"data.seq_len = {run.data.seq_len}: the model has {fields['max_position_embeddings']} positions; "
@@ -328,6 +335,13 @@ def check_model(run: RunConfig) -> list[str]:
     return problems
 
 
+def convert_field(name: str, value: Any, like: Any) -> Any:
+    """An architecture field's value as `convert` makes it; null where null is a value of the field."""
+    if value is None and DEFAULTS[name] is None:
+        return None
+    return convert(value, like if like is not None else DEFAULTS[name])
+
+
 def convert(value: Any, like: Any) -> Any:
     """`value` in the type of the preset's value `like` (YAML reads 1e6 as text); numbers have to be above 0.
 
@@ -342,7 +356,7 @@ def convert(value: Any, like: Any) -> Any:
         kind = type(like)
         try:
             number = None if isinstance(value, bool) else kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or number != float(value) or number < 0:
             raise ValueError(f"must be {'a whole' if kind is int else 'a'} number, like {like!r}")

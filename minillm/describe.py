@@ -1,4 +1,4 @@
-"""What a preset is made of: `python -m minillm.describe [PRESET ...] [--draw FILE.png] [section.key=value ...]`.
+"""What a preset is made of: `python -m minillm.describe [PRESET ...] [FIELD=value ...] [--draw FILE.png]`.
 
 Contract: a table of layers with the parameters of each part, on stdout, without importing torch; the numbers are
 minillm.accounting's, which tests hold against built models. `--draw` makes one picture of all that were named.
@@ -7,6 +7,7 @@ minillm.accounting's, which tests hold against built models. `--draw` makes one 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from minillm.accounting import cache_bytes, describe_layers, flops_per_token, num_parameters
 from minillm.architecture import problems_of
-from minillm.config import convert, nearest
+from minillm.config import convert_field, nearest
 from minillm.presets import PRESETS
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.logging import say
@@ -58,9 +59,11 @@ def resolve(words: list[str]) -> dict[str, Fields]:
         fields = dict(PRESETS[name])
         for field, text in overrides.items():
             if field not in fields:
-                raise UserError(f"{field}: unknown architecture field{nearest(field, list(fields))}")
+                known = difflib.get_close_matches(field, fields, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(known)}?" if known else "minillm/architecture.py lists them"
+                raise UserError(f"{field}={text}: no architecture field; {hint}")
             try:
-                fields[field] = convert(yaml.safe_load(text), fields[field])
+                fields[field] = convert_field(field, yaml.safe_load(text), fields[field])
             except (ValueError, yaml.YAMLError) as error:
                 raise UserError(f"{field} = {text}: {error}") from error
         if problems := problems_of(fields):

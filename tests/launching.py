@@ -39,10 +39,12 @@ def command(script: str, json_file: str | Path, settings: dict[str, object], ran
     return [*launcher, path, *arguments]
 
 
-def run(words_of_command: list[str], cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess:
+def run(
+    words_of_command: list[str], cwd: Path | None = None, check: bool = True, timeout: int = TIMEOUT
+) -> subprocess.CompletedProcess:
     """Run to the end; on an unexpected exit code show the output."""
     done = subprocess.run(
-        words_of_command, cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+        words_of_command, cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(words_of_command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")

@@ -27,7 +27,7 @@ FLOORS = {  # what each part may import of the project, besides itself
     "training": {"config", "presets", "accounting", "models", "data", "interop", "utils"},
     "inference": {"data", "utils"},
     "data_tools": {"data", "utils"},
-    "launch": {"config", "presets", "accounting", "training", "utils", "data_tools"},
+    "launch": {"config", "presets", "architecture", "accounting", "training", "interop", "utils", "data_tools"},
     "": {"interop"},  # minillm/__init__.py: minillm.load
     **{
         name: {"config", "presets", "architecture", "accounting", "training", "inference", "interop", "models", "data",

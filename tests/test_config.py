@@ -67,6 +67,21 @@ def test_resolved_config_reads_back(tmp_path):
         ("model.rope_scaling={rope_type: ntk, factor: 2}", ["rope_type is 'ntk'", "linear, dynamic, yarn, llama3"]),
         ("model.rope_scaling={rope_type: yarn, factor: 2}", ["yarn needs original_max_position_embeddings"]),
         ("model.num_experts=4", ["model.num_experts", "only sparse layers"]),
+        ("model.partial_rotary_factor=2.0", ["model.partial_rotary_factor is 2.0", "at most 1"]),
+        ("model.rope_theta=1", ["model.rope_theta is 1.0", "above 1"]),
+        ("model.rms_norm_eps=.inf", ["model.rms_norm_eps is inf", "a number above 0"]),
+        ("model.hidden_size=.inf", ["model.hidden_size = inf", "a whole number"]),
+        ("model.rope_scaling={rope_type: [yarn], factor: 2}", ["rope_type is ['yarn']", "valid names"]),
+        ("model.rope_scaling={rope_type: linear, factor: 2, 1: 2, b: 3}", ["linear does not know 1", "not know b"]),
+        ("model.eos_token_id=5", ["token ids are the tokenizer's"]),
+        ("model.router_aux_loss_coef=0.5", ["only sparse layers", "leave it at 0.0"]),
+        ("model.mtp_loss_coef=2", ["model.mtp_loss_coef is 2.0", "num_nextn_predict_layers above 0"]),
+        (("model.preset=mistral-mini", "model.sliding_window=1"), ["it must be 2 or more"]),
+        (("model.preset=deepseek-v3-mini", "model.partial_rotary_factor=0.5"), ["only attention_type gqa"]),
+        (("model.preset=moe-876m", "model.norm_topk_prob=false"), ["model.norm_topk_prob is false", "softmax"]),
+        (("model.preset=char-tiny", "model.rope_theta=5"), ["position_embedding_type rope"]),
+        (("model.preset=mistral-mini", "model.num_hidden_layers=4"), ["layer_types names 12 layers", "give it too"]),
+        (("model.init_from=x", "model.rope_scaling=linear"), ["rope_scaling is 'linear'", "a mapping"]),
         ("model.hidden_dropout=1.5", ["model.hidden_dropout is 1.5", "a probability"]),
         ("model.hidden_act=relu", ["model.hidden_act is 'relu'", "silu, gelu, gelu_new"]),
         ("model.num_hidden_layers=2.5", ["model.num_hidden_layers = 2.5", "a whole number"]),
@@ -94,6 +109,19 @@ def test_each_mistake_is_named_with_its_fix(override, expected):
     text = problems(*([override] if isinstance(override, str) else override))
     for part in expected:
         assert part in text, text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.preset=deepseek-v3-mini", "model.q_lora_rank=null"),
+        ("model.preset=mistral-mini", "model.sliding_window=null", "model.layer_types=null"),
+        ("model.preset=gpt2-124m", "model.vocab_size=300"),
+        ("model.preset=qwen3-mini", "model.rope_scaling={rope_type: linear, factor: 4}"),
+    ],
+)
+def test_a_preset_can_be_changed_into_what_it_was_not(overrides):
+    assert problems(*overrides) == ""
 
 
 def test_all_mistakes_come_in_one_error():

@@ -271,3 +271,22 @@ def test_a_failed_export_leaves_nothing(run, tmp_path):
     with pytest.raises(UserError, match="tokenizer.json is missing|is damaged"):
         export.export("talk", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "runs"]
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
+def test_a_stretched_model_exports_and_chats_in_a_fresh_process(tmp_path, rope_type):
+    """transformers reads config.json before our classes are known to it, unless they are registered first."""
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope_type == "llama3" else {}
+    scaling = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 64, **more}
+    write_toy(tmp_path / "ours", "llama3-mini", max_position_embeddings=256, rope_scaling=scaling)
+    code = (
+        "import sys; from minillm import chat, export; export.main(['ours', 'native']); "
+        "sys.exit(chat.main(['native', '--prompt', 'hi', '--max-new-tokens', '4', '--device', 'cpu']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["rope_parameters"]["rope_type"] == rope_type

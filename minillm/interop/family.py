@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from minillm.architecture import DEFAULTS, EXPERT_FIELDS, EXPERT_OPTIONS
 from minillm.interop.weights import Rule
 from minillm.models import MiniLLMConfig
 from minillm.utils.errors import UserError
@@ -146,8 +147,9 @@ class Family:
         if SPARSE in fields.get("mlp_layer_types", ()):
             fields = {**fields, **self.fixed_if_sparse}
         else:
-            fields |= {name: None for name in EXPERT_NAMES if name in fields}
-            fields |= {name: 0 for name in ("shared_expert_intermediate_size",) if name in fields}
+            fields |= {name: DEFAULTS[name] for name in (*EXPERT_FIELDS, *EXPERT_OPTIONS)}
+        if fields["pad_token_id"] == -1:  # how old conversions write that there is none
+            fields["pad_token_id"] = None
         try:
             ours = MiniLLMConfig(**fields)
         except (ValueError, TypeError, StrictDataclassError) as error:

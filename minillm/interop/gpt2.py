@@ -37,12 +37,14 @@ REQUIRED = {
 
 
 def _read(config) -> dict[str, object]:
-    if config.activation_function not in ACTIVATIONS:
+    activation = "gelu_new" if config.activation_function == "gelu_pytorch_tanh" else config.activation_function
+    if activation not in ACTIVATIONS:
         raise UserError(
             f"GPT2Config: activation_function is {config.activation_function!r}: only {', '.join(ACTIVATIONS)} can be "
             "converted"
         )
     return {
+        "hidden_act": activation,
         "intermediate_size": config.n_inner or 4 * config.hidden_size,
         "num_key_value_heads": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,

@@ -106,6 +106,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a model folder."""
     from transformers import AutoTokenizer
 
+    import minillm.models  # noqa: F401 (AutoTokenizer reads config.json, which has to be a class it knows)
+
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise UserError(f"{folder} has no tokenizer (tokenizer.json): copy the tokenizer's files beside the weights")

@@ -105,6 +105,11 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
+    def __init__(self, config: MiniLLMConfig, *arguments, **options):
+        super().__init__(config, *arguments, **options)
+        # A recurrent state cannot go back over rejected tokens: `generate` refuses assisted decoding then.
+        self._is_stateful = "linear_attention" in config.layer_types
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases; a module with `init_weights(config)` fills its own parameters."""

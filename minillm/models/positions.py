@@ -83,13 +83,15 @@ def _linear(theta: float, dim: int, scaling: Scaling, position_ids: torch.Tensor
 
 
 def _dynamic(theta: float, dim: int, scaling: Scaling, position_ids: torch.Tensor) -> torch.Tensor:
-    """NTK-aware: theta grows with the longest position beyond the original context (arXiv:2309.00071, section 3.3).
+    """NTK-aware: theta grows with a row's longest position beyond the original context (arXiv:2309.00071, section 3.3).
 
+    By row, where transformers takes the longest of the batch: a row's angles must not depend on its neighbours. (They
+    do on the row's other documents, where one of them passes the original context.)
     Within the original context nothing changes. Beyond it, keys that are already cached keep the angles of the length
     they were made at, as in transformers.
     """
     original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-    length = (position_ids.max() + 1).clamp(min=original)
+    length = (position_ids.amax(-1)[..., None, None, None] + 1).clamp(min=original)  # [B, 1, 1, 1]
     grown = theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
     return _plain(grown, dim, scaling, position_ids)
 

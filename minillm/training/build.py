@@ -183,5 +183,6 @@ def build_model(run: RunConfig, config: MiniLLMConfig) -> MiniLLMForCausalLM:
     torch.manual_seed(run.seed)
     model = MiniLLMForCausalLM(config)
     total = sum(p.numel() for p in model.parameters())
-    say(f"model: {run.model.preset}, {total:,} parameters, sequence length {run.data.seq_len}")
+    name = run.model.preset if run.model.init_from is None else f"that of {run.model.init_from}"
+    say(f"model: {name}, {total:,} parameters, sequence length {run.data.seq_len}")
     return model

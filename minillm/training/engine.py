@@ -23,7 +23,7 @@ from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
 from minillm.config import RunConfig
 from minillm.training.optim import build_optimizer
-from minillm.training.zero_state import base_optimizer, dynamic_loss_scaler, link_optimizer_states
+from minillm.training.zero_state import base_optimizer, dynamic_loss_scaler, link_optimizer_states, loss_scale_state
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 
@@ -135,10 +135,11 @@ def run_step(
     for group in base_optimizer(engine).param_groups:
         group["lr"] = learning_rate
     while True:
+        scale = loss_scale_state(engine)
         result = _attempt_step(engine, micro_batches, num_target_tokens)
         if not getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
             return result
-        if not can_scale_lower(engine):
+        if scale is None or scale["cur_scale"] <= dynamic_loss_scaler(engine).min_scale:
             raise NonFiniteError(f"the loss is {result.loss:.4f}, but the gradient is not finite")
 
 
@@ -167,12 +168,6 @@ def _attempt_step(engine, micro_batches: list[MicroBatch], num_target_tokens: in
     if counts is not None:
         counts = torch.tensor(distributed.reduce_sum(counts.flatten().tolist())).view(counts.shape)
     return StepResult(loss, losses, float(engine.get_global_grad_norm()) if norm is None else norm, counts)
-
-
-def can_scale_lower(engine) -> bool:
-    """Whether an overflow was fp16's, whose scale DeepSpeed has just lowered."""
-    scaler = dynamic_loss_scaler(engine)
-    return scaler is not None and scaler.cur_scale > scaler.min_scale
 
 
 def plain_gradient_norm(engine) -> float:

@@ -380,3 +380,10 @@ def test_a_finished_mask_is_refused():
 def test_a_model_of_linear_layers_alone_is_refused():
     with pytest.raises(ValueError, match="linear_attention alone"):
         MiniLLMConfig(**toy_fields("qwen3-next-mini", **DENSE, layer_types=["linear_attention"] * 4))
+
+
+def test_decoding_that_would_have_to_go_back_is_refused():
+    """A recurrent state cannot forget the tokens that assisted decoding rejects."""
+    model = toy_model("qwen3-next-mini").eval()
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(torch.ones(1, 9, dtype=torch.long), prompt_lookup_num_tokens=3, max_new_tokens=8)

@@ -1,14 +1,15 @@
 """Every architecture through the whole trainer, at toy size on two ranks: it learns, equals plain torch, and resumes.
 
-Two starts of two ranks train all presets: in the first each runs straight through and another copy stops half-way; in
-the second, a new process, the copies go on. Laws 1 and 2 of the project for each mechanism: bitwise the same after the
-break (weights, moments, balancing biases, every loss), and the same losses as one forward pass over the whole batch in
-plain torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on: their split over ranks is tested too.
+Two starts of two ranks train all presets: in the first each runs straight through; in the second, new processes, a copy
+of what was left half-way goes on. Laws 1 and 2 of the project for each mechanism: bitwise the same after the break
+(weights, moments, balancing biases, every loss), and the same losses as one forward pass over the whole batch in plain
+torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on: their split over ranks is tested too.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.presets import PRESETS
 from minillm.training.experts import update_router_biases
 from minillm.training.optim import build_parameter_groups
-from tests.launching import ROOT, checkpoint, losses, metrics, run, same_bits
+from tests.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
 from tests.toy_presets import toy_fields
 
-STEPS, HALF, COMPARED, BATCH, RATE, CLIP, DECAY = 20, 10, 5, 8, 3e-3, 1.0, 0.1
+STEPS, HALF, COMPARED, BATCH, RATE, CLIP, DECAY = 20, 10, 4, 8, 3e-3, 1.0, 0.1
 FP32 = {"zero_optimization": {"stage": 2}}
 FP32_ZERO3 = {"zero_optimization": {"stage": 3}}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}}
@@ -40,7 +41,7 @@ def fields_of(name: str) -> dict[str, object]:
     if fields["num_experts"]:
         fields["router_z_loss_coef"] = 1e-3
     if fields["router_bias_update_speed"]:
-        fields["router_sequence_loss_coef"] = 1e-2  # 1e-4 would not show in five steps
+        fields["router_sequence_loss_coef"] = 1e-2  # 1e-4 would not show in four steps
     return fields
 
 
@@ -49,9 +50,9 @@ def settings_of(name: str, tiny_settings: dict, root: Path, run_name: str, steps
     own |= {f"model.{field}": value for field, value in fields_of(name).items() if not field.endswith("token_id")}
     return own | {
         "model.preset": name, "run_root": str(root), "run_name": run_name, "train.max_steps": steps,
-        "train.train_batch_size": BATCH, "train.train_micro_batch_size_per_gpu": 2, "optim.learning_rate": RATE,
+        "train.train_batch_size": BATCH, "train.train_micro_batch_size_per_gpu": 4, "optim.learning_rate": RATE,
         "optim.warmup_ratio": 0, "optim.lr_schedule": "constant", "optim.weight_decay": DECAY,
-        "optim.gradient_clipping": CLIP, "validation.every": 0, "checkpoint.every": 0, "validation.max_sequences": 8,
+        "optim.gradient_clipping": CLIP, "validation.every": 0, "checkpoint.every": HALF, "validation.max_sequences": 8,
     }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def plain_torch(name: str, settings: dict) -> list[float]:
 def start_two_ranks(cases: list[dict], path: Path) -> None:
     path.write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(path)])
+    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +97,18 @@ def trained(tiny_settings, tmp_path_factory) -> Path:
     first, second = [], []
     for name in NAMES:
         for run_name, deepspeed, steps in (
-            (name, FP32, STEPS), (f"{name}-broken", FP32, HALF), (f"{name}-zero3", FP32_ZERO3, COMPARED),
-            (f"{name}-bf16", BF16, COMPARED),
+            (name, FP32, STEPS), (f"{name}-zero3", FP32_ZERO3, COMPARED), (f"{name}-bf16", BF16, COMPARED),
         ):  # fmt: skip
             settings = settings_of(name, tiny_settings, root, run_name, steps)
+            if deepspeed is FP32_ZERO3:
+                settings["train.train_micro_batch_size_per_gpu"] = 2
             first.append({"settings": settings, "deepspeed": deepspeed})
         settings = settings_of(name, tiny_settings, root, f"{name}-broken", STEPS)
         second.append({"settings": settings, "deepspeed": FP32})
     start_two_ranks(first, root / "first.json")
+    for name in NAMES:
+        shutil.copytree(root / name, root / f"{name}-broken")
+        shutil.rmtree(root / f"{name}-broken" / "checkpoints" / f"step-{STEPS:06d}")
     start_two_ranks(second, root / "second.json")
     return root
 
