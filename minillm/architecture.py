@@ -119,7 +119,7 @@ _NOT_NEGATIVE = (
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "embedding_dropout")
 MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 LINEAR_FIELDS = tuple(name for name in DEFAULTS if name.startswith("linear_"))
-_ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+_ROTARY = ("rope_scaling", "partial_rotary_factor")
 EXPERT_OPTIONS = (
     "shared_expert_intermediate_size shared_expert_gate router_type norm_topk_prob routed_scaling_factor n_group "
     "topk_group router_aux_loss_coef router_importance_loss_coef router_z_loss_coef router_sequence_loss_coef "

@@ -79,7 +79,7 @@ def test_resolved_config_reads_back(tmp_path):
         (("model.preset=mistral-mini", "model.sliding_window=1"), ["it must be 2 or more"]),
         (("model.preset=deepseek-v3-mini", "model.partial_rotary_factor=0.5"), ["only attention_type gqa"]),
         (("model.preset=moe-876m", "model.norm_topk_prob=false"), ["model.norm_topk_prob is false", "softmax"]),
-        (("model.preset=char-tiny", "model.rope_theta=5"), ["position_embedding_type rope"]),
+        (("model.preset=char-tiny", "model.partial_rotary_factor=0.5"), ["position_embedding_type rope"]),
         (("model.preset=mistral-mini", "model.num_hidden_layers=4"), ["layer_types names 12 layers", "give it too"]),
         (("model.init_from=x", "model.rope_scaling=linear"), ["rope_scaling is 'linear'", "a mapping"]),
         ("model.hidden_dropout=1.5", ["model.hidden_dropout is 1.5", "a probability"]),

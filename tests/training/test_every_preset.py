@@ -32,6 +32,9 @@ FP32 = {"zero_optimization": {"stage": 2}}
 FP32_ZERO3 = {"zero_optimization": {"stage": 3}}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}}
 NAMES = [name for name in PRESETS if name != "demo"]
+KINDS = {"": (FP32, STEPS), "-zero3": (FP32_ZERO3, COMPARED), "-bf16": (BF16, COMPARED)}
+# Each mechanism once: the others are made of the same modules.
+OTHER_KINDS = ("gpt2-124m", "qwen3-mini", "moe-876m", "deepseek-v3-mini", "qwen3-next-mini")
 NOISY = [name for name in NAMES if PRESETS[name]["router_type"] == "noisy_topk"]
 
 
@@ -96,10 +99,10 @@ def trained(tiny_settings, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("presets")
     first, second = [], []
     for name in NAMES:
-        for run_name, deepspeed, steps in (
-            (name, FP32, STEPS), (f"{name}-zero3", FP32_ZERO3, COMPARED), (f"{name}-bf16", BF16, COMPARED),
-        ):  # fmt: skip
-            settings = settings_of(name, tiny_settings, root, run_name, steps)
+        for kind, (deepspeed, steps) in KINDS.items():
+            if kind and name not in OTHER_KINDS:
+                continue
+            settings = settings_of(name, tiny_settings, root, name + kind, steps)
             if deepspeed is FP32_ZERO3:
                 settings["train.train_micro_batch_size_per_gpu"] = 2
             first.append({"settings": settings, "deepspeed": deepspeed})
@@ -134,11 +137,16 @@ def test_it_learns_and_resumes_to_the_same_bits(trained, name):
 def test_losses_equal_plain_torch(trained, tiny_settings, name):
     expected = plain_torch(name, settings_of(name, tiny_settings, trained, "none", COMPARED))
     assert losses(trained / name)[:COMPARED] == pytest.approx(expected, rel=1e-5)
-    assert losses(trained / f"{name}-zero3") == pytest.approx(expected, rel=1e-5)
-    assert losses(trained / f"{name}-bf16") == pytest.approx(expected, rel=5e-3)
+    if name in OTHER_KINDS:
+        assert losses(trained / f"{name}-zero3") == pytest.approx(expected, rel=1e-5)
+        assert losses(trained / f"{name}-bf16") == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_router_noise_differs_by_rank_and_still_learns_at_every_stage(trained, name):
+def test_with_router_noise_it_learns_at_every_stage_and_begins_like_plain_torch(trained, tiny_settings, name):
     for kind in ("zero3", "bf16"):
         assert losses(trained / f"{name}-{kind}")[-1] < losses(trained / f"{name}-{kind}")[0]
+    # Each rank draws its own noise, so only what comes before the first draw's effect can be compared: the loss of an
+    # untrained model hardly depends on which experts it chose.
+    expected = plain_torch(name, settings_of(name, tiny_settings, trained, "none", COMPARED))
+    assert losses(trained / name)[0] == pytest.approx(expected[0], rel=5e-3)
