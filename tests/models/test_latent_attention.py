@@ -19,7 +19,7 @@ HEADS, NOPE, ROPE, VALUE, RANK, WIDTH = 6, 4, 8, 6, 16, 48
 DENSE = {
     "mlp_layer_types": None, "num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None,
     "shared_expert_intermediate_size": 0, "router_type": "softmax", "n_group": 1, "topk_group": 1,
-    "router_bias_update_speed": 0.0, "router_sequence_loss_coef": 0.0,
+    "router_bias_update_speed": 0.0, "router_sequence_loss_coef": 0.0, "routed_scaling_factor": 1.0,
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 1.0,

@@ -17,7 +17,8 @@ LENGTHS = (7, 1, 4, 2, 6)  # of the documents packed into each row
 
 def make(preset=LATENT, depth: int = 2, **changes):
     name, fields = preset
-    model = toy_model(name, **{**fields, "num_nextn_predict_layers": depth, "mtp_loss_coef": 0.7, **changes})
+    modules = {"num_nextn_predict_layers": depth, "mtp_loss_coef": 0.7 if depth else 0.3}
+    model = toy_model(name, **{**fields, **modules, **changes})
     generator = torch.Generator().manual_seed(1)
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:
