@@ -12,12 +12,13 @@ import math
 import netrc
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from minillm.config import RunConfig
 from minillm.utils.errors import UserError
 from minillm.utils.files import write_atomic
-from minillm.utils.logging import say
+from minillm.utils.logging import say, warn
 
 
 class Tracker:
@@ -37,8 +38,7 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path} cannot be written ({error}); mend that and run again") from error
-        if self._wandb is not None:
-            self._wandb.log({**record, "train_step": step})
+        self._tell_wandb(lambda tracked: tracked.log({**record, "train_step": step}))
         if self._board is not None:
             for name, value in record.items():
                 self._board.add_scalar(name, value, step)
@@ -53,10 +53,20 @@ class Tracker:
         """End the run in the trackers: `exit_code` other than 0 marks it as failed in W&B."""
         with contextlib.suppress(OSError):  # every record was flushed, and a full disk has been reported
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        self._tell_wandb(lambda tracked: tracked.finish(exit_code=exit_code))
         if self._board is not None:
             self._board.close()
+
+    def _tell_wandb(self, action: Callable[[object], object]) -> None:
+        """W&B runs in a process of its own, which a Ctrl-C at the terminal ends too: training goes on without it."""
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:  # of several libraries' own kinds
+            problem = f"{type(error).__name__}: {error}"
+            warn(f"W&B stopped ({problem}); metrics.jsonl goes on, and so does W&B at the next start")
+            self._wandb = None
 
 
 class NoTracker:

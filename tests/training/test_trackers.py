@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 from minillm.config import RunConfig
 from minillm.training.trackers import Tracker, cut_back, wandb_mode
+from tests.launching import ROOT
 
 
 def test_cut_back_drops_later_steps_and_a_half_written_line(tmp_path):
@@ -36,3 +40,37 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     folders = sorted((run.run_dir / "wandb").glob("offline-run-*"))
     assert len({f.name.rsplit("-", 1)[1] for f in folders}) == 1  # the id ends the folder's name
     assert [json.loads(line)["step"] for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+
+
+OUTLIVING = """
+import glob, os, signal, sys, time
+from pathlib import Path
+from minillm.config import RunConfig
+from minillm.training.trackers import Tracker
+
+def services():  # W&B's own process, a child of this one
+    children = [pid for task in glob.glob("/proc/self/task/*/children") for pid in Path(task).read_text().split()]
+    return [int(pid) for pid in children if b"wandb" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+run = RunConfig.model_validate({"run_root": sys.argv[1], "run_name": "r", "log": {"wandb": "offline"}})
+run.run_dir.mkdir()
+tracker = Tracker(run, 0)
+tracker.log(1, {"loss": 1.0})
+(service,) = services()
+os.kill(service, signal.SIGINT)  # Ctrl-C at a terminal reaches it as well
+time.sleep(1)
+for step in (2, 3, 4):
+    tracker.log(step, {"loss": 1.0})
+    time.sleep(0.2)
+tracker.close()
+print("closed")
+"""
+
+
+def test_training_outlives_wandb(tmp_path):
+    command = [sys.executable, "-c", OUTLIVING, str(tmp_path)]
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not this process's service
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120)
+    assert "closed" in done.stdout, done.stderr
+    assert "W&B stopped" in done.stderr
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 4
