@@ -195,8 +195,8 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = config.head_dim
         self.has_gate, self.has_norms = config.attention_output_gate, config.qk_norm
         self.dropout = config.attention_dropout
-        layer_type = config.layer_types[min(layer_idx, config.num_hidden_layers - 1)]
-        self.window = config.sliding_window if layer_type == "sliding_attention" else None
+        is_sliding = config.layer_type_of(layer_idx) == "sliding_attention"
+        self.window = config.sliding_window if is_sliding else None
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
         hidden_size, bias = config.hidden_size, config.attention_bias

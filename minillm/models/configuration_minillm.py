@@ -88,6 +88,14 @@ class MiniLLMConfig(PretrainedConfig):
         self.layer_types, self.mlp_layer_types = layer_types(fields), mlp_layer_types(fields)
         super().__post_init__(**kwargs)
 
+    def layer_type_of(self, layer_idx: int) -> str:
+        """The mixer of a layer. A layer past the last (a multi-token module's) is like the last."""
+        return self.layer_types[min(layer_idx, self.num_hidden_layers - 1)]
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether a layer has experts; past the last as above."""
+        return self.mlp_layer_types[min(layer_idx, self.num_hidden_layers - 1)] == "sparse"
+
     def fields(self) -> dict[str, object]:
         """The architecture fields alone: what presets hold, and what minillm.accounting reads."""
         return {name: getattr(self, name) for name in DEFAULTS}

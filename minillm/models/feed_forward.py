@@ -16,11 +16,6 @@ from minillm.models.moe import SparseMoE
 
 def build_mlp(config: MiniLLMConfig, layer_idx: int) -> nn.Module:
     """The feed-forward block of one layer: experts where `mlp_layer_types` says sparse, else `mlp_type`."""
-    if is_sparse(config, layer_idx):
+    if config.is_sparse(layer_idx):
         return SparseMoE(config)
     return build_dense_mlp(config, config.intermediate_size)
-
-
-def is_sparse(config: MiniLLMConfig, layer_idx: int) -> bool:
-    """Whether a layer has experts. A layer past the last (a multi-token module's) is like the last."""
-    return config.mlp_layer_types[min(layer_idx, config.num_hidden_layers - 1)] == "sparse"

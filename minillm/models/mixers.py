@@ -29,7 +29,7 @@ MIXERS: dict[str, dict[str, type[nn.Module]]] = {  # layer type -> attention_typ
 
 def build_mixer(config: MiniLLMConfig, layer_idx: int) -> nn.Module:
     """The mixer of layer `layer_idx`; ValueError with the valid names for a combination that does not exist."""
-    layer_type = layer_type_of(config, layer_idx)
+    layer_type = config.layer_type_of(layer_idx)
     table = MIXERS.get(layer_type, {})
     try:
         return table[config.attention_type](config, layer_idx)
@@ -38,11 +38,6 @@ def build_mixer(config: MiniLLMConfig, layer_idx: int) -> nn.Module:
             f"attention_type is {config.attention_type!r}, and layer {layer_idx} is {layer_type}: valid are "
             f"{', '.join(table)}"
         ) from None
-
-
-def layer_type_of(config: MiniLLMConfig, layer_idx: int) -> str:
-    """The type of a layer. A layer past the last (a multi-token module's) is like the last."""
-    return config.layer_types[min(layer_idx, config.num_hidden_layers - 1)]
 
 
 def build_masks(

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from minillm.models.balancing import Routing
 from minillm.models.chat import encode_chat
 from minillm.models.configuration_minillm import MiniLLMConfig
-from minillm.models.feed_forward import build_mlp, is_sparse
+from minillm.models.feed_forward import build_mlp
 from minillm.models.linear import Linear
 from minillm.models.loss import (
     auxiliary_losses,
@@ -35,7 +35,7 @@ from minillm.models.loss import (
     targets_ahead,
     token_loss,
 )
-from minillm.models.mixers import build_masks, build_mixer, layer_type_of
+from minillm.models.mixers import build_masks, build_mixer
 from minillm.models.multi_token import MultiTokenModule
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
@@ -46,8 +46,8 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MiniLLMConfig, layer_idx: int):
         super().__init__()
-        self.layer_type = layer_type_of(config, layer_idx)
-        self.is_sparse = is_sparse(config, layer_idx)
+        self.layer_type = config.layer_type_of(layer_idx)
+        self.is_sparse = config.is_sparse(layer_idx)
         self.input_layernorm = build_norm(config)
         self.mixer = build_mixer(config, layer_idx)
         self.post_attention_layernorm = build_norm(config)
