@@ -27,6 +27,7 @@ from minillm.training.deepspeed_config import (  # noqa: E402
     resolve_deepspeed_config,
     zero_stage,
 )
+from minillm.training.moe_backends import resolve_moe_backend  # noqa: E402
 from minillm.utils.errors import UserError, exit_on_user_error  # noqa: E402
 from minillm.utils.files import read_json  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
@@ -78,6 +79,12 @@ def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]
     run, problems = load_run_config(arguments.config, arguments.overrides, stage=stage, configs_dir=configs_dir)
     values = read_deepspeed_json(arguments.deepspeed)
     deepspeed_config, more = resolve_deepspeed_config(values, run, ranks(arguments), arguments.deepspeed)
+    if not problems:
+        fields = {**PRESETS[run.model.preset], **model_overrides(run)} if run.model.init_from is None else (
+            base_fields(run)[0]
+        )  # fmt: skip
+        if fields is not None:  # else the training process settles it, when the weights are there
+            more += resolve_moe_backend(run, fields, deepspeed_config, ranks(arguments))
     raise_problems(problems + more, f"{arguments.config} with {arguments.deepspeed} on {ranks(arguments)} rank(s)")
     if run.data.train is None:
         train, validation = BUILTIN_SHARDS[stage]
@@ -130,12 +137,18 @@ def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> d
             return {"model": name}
     counts = num_parameters(fields)
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
-    memory = model_state_bytes(counts["total"], deepspeed_config, world_size)
+    size = run.model.expert_parallel_size
+    memory = model_state_bytes(counts["total"], deepspeed_config, world_size, counts["routed"], size)
     on_host = memory.pop("host")
     parts = ", ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in memory.items())
     parts += f"; {on_host / 2**20:,.1f} MiB on the host" if on_host else ""
+    experts = {}
+    if counts["routed"]:
+        own = fields["num_experts"] // size
+        experts = {"experts": f"{run.model.moe_backend}: {own} of {fields['num_experts']} a layer on each rank"}
     return {
         "model": name,
+        **experts,
         "parameters": f"{counts['total']:,}{active} ({counts['non_embedding']:,} without embeddings)",
         "FLOPs a token": f"{flops_per_token(fields, run.data.seq_len):,} (forward and backward, attention included)",
         "memory a GPU": f"{sum(memory.values()) / 2**20:,.1f} MiB before activations ({parts})",

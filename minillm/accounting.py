@@ -98,6 +98,8 @@ def _feed_forward(fields: Fields, kind: str) -> tuple[Parts, int]:
         parts["shared_expert"] = _dense(fields, fields["shared_expert_intermediate_size"])
         if fields["shared_expert_gate"]:
             parts["shared_expert_gate"] = hidden
+        if fields["residual_moe"]:
+            parts["coefficient"] = 2 * hidden + 2
     return parts, (experts - fields["num_experts_per_tok"]) * expert
 
 
@@ -125,7 +127,8 @@ def num_parameters(fields: Fields) -> dict[str, int]:
     Returns:
         `total`: distinct parameters, a tied embedding once. `embedding`: the input embedding, learned positions, and
         the output matrix when untied. `non_embedding`: total - embedding. `multi_token`: of the modules that predict
-        further ahead, which only training uses (part of total). `active`: parameters one generated token uses: the
+        further ahead, which only training uses (part of total). `routed`: of experts that a router chooses from, all of
+        them (part of total): what expert parallelism shares out. `active`: parameters one generated token uses: the
         experts it goes to, no multi-token module. `matmul`: the N of 6 N in training: every parameter one token uses
         but look-ups (an untied input embedding, positions), with one more output product for each multi-token module.
     """
@@ -136,6 +139,7 @@ def num_parameters(fields: Fields) -> dict[str, int]:
     module, module_active = _multi_token(fields) if modules else (0, 0)
     embedding = (table if fields["tie_word_embeddings"] else 2 * table) + positions
     last_norm = _norm(fields, hidden)
+    routed = [layer["parts"].get("experts", 0) for layer in layers]
     active = sum(layer["active"] for layer in layers) + last_norm
     non_embedding = sum(layer["total"] for layer in layers) + last_norm + modules * module
     return {
@@ -144,6 +148,7 @@ def num_parameters(fields: Fields) -> dict[str, int]:
         "non_embedding": non_embedding,
         "embedding": embedding,
         "multi_token": modules * module,
+        "routed": sum(routed) + modules * routed[-1],
         "matmul": active + table + modules * (module_active + table),
     }
 

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "position_embedding_type": ("rope", "learned", "sinusoidal"),
     "hidden_act": ("silu", "gelu", "gelu_new"),
     "router_type": ("softmax", "sigmoid", "noisy_topk"),
+    "router_noise": ("none", "jitter", "rsample"),
 }
 # What each kind of rope_scaling needs beside `rope_type` and `factor`, and what it may have (transformers' names).
 ROPE_SCALING: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -79,7 +80,9 @@ DEFAULTS: dict[str, object] = {
     "moe_intermediate_size": None,
     "shared_expert_intermediate_size": 0,  # 0: no shared expert
     "shared_expert_gate": False,  # scale the shared expert by sigmoid(a product of its own)
+    "residual_moe": False,  # experts and shared expert weighted by two learned shares that add up to 1 (DeepSpeed)
     "router_type": "softmax",
+    "router_noise": "none",  # softmax router in training: jitter on its input, or rsample: experts drawn by their odds
     "norm_topk_prob": True,  # the weights of a token's experts add up to 1
     "routed_scaling_factor": 1.0,
     "n_group": 1,  # sigmoid router: groups of experts, of which a token may use topk_group
@@ -121,9 +124,9 @@ MLA_FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_di
 LINEAR_FIELDS = tuple(name for name in DEFAULTS if name.startswith("linear_"))
 _ROTARY = ("rope_scaling", "partial_rotary_factor")
 EXPERT_OPTIONS = (
-    "shared_expert_intermediate_size shared_expert_gate router_type norm_topk_prob routed_scaling_factor n_group "
-    "topk_group router_aux_loss_coef router_importance_loss_coef router_z_loss_coef router_sequence_loss_coef "
-    "router_bias_update_speed"
+    "shared_expert_intermediate_size shared_expert_gate residual_moe router_type router_noise norm_topk_prob "
+    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_importance_loss_coef router_z_loss_coef "
+    "router_sequence_loss_coef router_bias_update_speed"
 ).split()
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -333,6 +336,14 @@ def _experts(fields: Fields) -> list[str]:
     experts, top, groups = fields["num_experts"], fields["num_experts_per_tok"], fields["n_group"]
     if fields["shared_expert_gate"] and not fields["shared_expert_intermediate_size"]:
         problems.append("shared_expert_gate is true: there is no shared expert (shared_expert_intermediate_size is 0)")
+    if fields["residual_moe"] and not fields["shared_expert_intermediate_size"]:
+        problems.append("residual_moe is true: there is no shared expert (shared_expert_intermediate_size is 0)")
+    if fields["residual_moe"] and fields["shared_expert_gate"]:
+        problems.append("shared_expert_gate is true: residual_moe weights the shared expert already; choose one")
+    if fields["router_noise"] != "none" and fields["router_type"] != "softmax":
+        problems.append(
+            f"router_noise is {fields['router_noise']!r}: only router_type softmax has it; leave it at 'none'"
+        )
     if fields["router_type"] == "noisy_topk" and not fields["norm_topk_prob"]:
         problems.append("norm_topk_prob is false: noisy_topk takes a softmax over the chosen, which adds up to 1")
     if top > experts:

@@ -38,7 +38,15 @@ class ModelSection(Section):
         None, description="null, a run, a model folder, or `newest` (the newest pretraining run)"
     )
     moe_backend: Literal["auto", "torch", "deepspeed", "autoep"] = Field("auto", description="who runs the experts")
-    expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
+    expert_parallel_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="ranks that share one set of experts; auto: the most that divide experts and ranks"
+    )
+    moe_capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="moe_backend deepspeed: routes an expert takes in training, over its even share (null: all)",
+    )
+    moe_min_capacity: int = Field(4, ge=1, description="routes an expert takes at least, with moe_capacity_factor")
 
 
 class TrainSection(Section):
@@ -116,6 +124,9 @@ class LogSection(Section):
     )
     wandb_project: str = Field("minillm", description="project name in W&B")
     tensorboard: bool = Field(False, description="event files in the run folder (needs the tensorboard package)")
+    idle_expert_steps: int = Field(
+        100, ge=0, description="steps without a token after which an expert is warned of; 0: never"
+    )
 
 
 class RunConfig(Section):
@@ -320,17 +331,6 @@ def check_model(run: RunConfig) -> list[str]:
         problems.append(
             f"data.seq_len = {run.data.seq_len}: the model has {fields['max_position_embeddings']} positions; "
             f"lower it, or raise model.max_position_embeddings"
-        )
-    is_dense = "sparse" not in (fields["mlp_layer_types"] or []) and section.init_from is None
-    if is_dense and (section.moe_backend in ("deepspeed", "autoep") or section.expert_parallel_size > 1):
-        problems.append(
-            f"model.moe_backend = {section.moe_backend}, model.expert_parallel_size = {section.expert_parallel_size}: "
-            f"{section.preset} has no experts; leave them at auto and 1"
-        )
-    elif section.moe_backend in ("deepspeed", "autoep") or section.expert_parallel_size > 1:
-        problems.append(
-            f"model.moe_backend = {section.moe_backend}, model.expert_parallel_size = {section.expert_parallel_size}: "
-            f"experts run in plain torch with all of them on every rank; leave them at auto and 1"
         )
     return problems
 

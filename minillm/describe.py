@@ -1,4 +1,5 @@
-"""What a preset is made of: `python -m minillm.describe [PRESET ...] [FIELD=value ...] [--draw FILE.png]`.
+"""What a preset is made of: `python -m minillm.describe [PRESET ...] [FIELD=value ...] [--draw FILE.png]`;
+who may run its experts: `--backends RANKS`.
 
 Contract: a table of layers with the parameters of each part, on stdout, without importing torch; the numbers are
 minillm.accounting's, which tests hold against built models. `--draw` makes one picture of all that were named.
@@ -18,6 +19,7 @@ from minillm.accounting import cache_bytes, describe_layers, flops_per_token, nu
 from minillm.architecture import problems_of
 from minillm.config import convert_field, nearest
 from minillm.presets import PRESETS
+from minillm.training.moe_backends import describe_legal
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.logging import say
 
@@ -38,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="PRESET | FIELD=value", help="presets (default: all), overrides")
     parser.add_argument("--seq-len", type=int, default=512, metavar="T", help="for operations and cache (default 512)")
+    parser.add_argument(
+        "--backends", type=int, metavar="RANKS", help="print which ZeRO stages and sizes each moe_backend may have"
+    )
     parser.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the layers of the named presets")
     return parser
 
@@ -150,7 +155,7 @@ def draw(described: dict[str, Fields], path: Path) -> None:
 
 def _draw_stack(axis, fields: Fields, largest: int) -> None:
     for number, layer in enumerate(describe_layers(fields)):
-        block = {"mlp", "gate", "experts", "shared_expert", "shared_expert_gate", "norms"}
+        block = {"mlp", "gate", "experts", "shared_expert", "shared_expert_gate", "coefficient", "norms"}
         mixer = sum(size for part, size in layer["parts"].items() if part not in block) / largest
         whole, active = layer["total"] / largest, layer["active"] / largest
         colour = MLP_COLOURS[layer["mlp"]]
@@ -175,7 +180,12 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_user_error():
         if args.seq_len < 1:
             raise UserError(f"--seq-len {args.seq_len}: it must be 1 or more")
+        if args.backends is not None and args.backends < 1:
+            raise UserError(f"--backends {args.backends}: it must be 1 or more")
         described = resolve(args.words)
+        if args.backends is not None:
+            print("\n".join(describe_legal(described, args.backends)))
+            return 0
         tables = ["\n".join(layer_table(name, fields, args.seq_len)) for name, fields in described.items()]
         try:
             print("\n\n".join(tables), flush=True)

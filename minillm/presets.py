@@ -26,6 +26,14 @@ PRESETS: dict[str, dict[str, object]] = {
         num_attention_heads=8, num_key_value_heads=2, head_dim=32,
         max_position_embeddings=512, rope_theta=10_000.0, initializer_range=0.06,
     ),
+    # The demo with experts: 8 in each layer, of which a token takes two that are together as wide as the demo's MLP.
+    "moe-demo": _preset(
+        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=512, rope_theta=10_000.0, initializer_range=0.06,
+        mlp_layer_types=["sparse"] * 4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=344,
+        router_noise="jitter", router_aux_loss_coef=0.01, router_z_loss_coef=0.001,
+    ),
     # Characters, GPT-2's parts at their smallest. position_embedding_type=sinusoidal works as well.
     # 261 special and byte tokens and up to 123 characters; give more for other scripts.
     "char-tiny": _preset(
@@ -95,6 +103,18 @@ PRESETS: dict[str, dict[str, object]] = {
         max_position_embeddings=1024, rope_theta=1_000_000.0, tie_word_embeddings=False,
         mlp_layer_types=["sparse"] * 12, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1024,
         router_aux_loss_coef=0.02,
+    ),
+    # Residual-MoE of DeepSpeed-MoE (arXiv:2201.05596, section 4.1) at GPT-2's size: in every other layer each token
+    # takes a fixed MLP and one of 8 experts. The weight of one expert is not renormalised (see qwen3-moe-mini).
+    "residual-moe-mini": _preset(
+        vocab_size=32_000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+        num_attention_heads=12, num_key_value_heads=12, head_dim=64,
+        max_position_embeddings=1024, position_embedding_type="learned",
+        norm_type="layernorm", mlp_type="mlp", hidden_act="gelu", attention_bias=True, mlp_bias=True,
+        scale_residual_init=True,
+        mlp_layer_types=["dense", "sparse"] * 6, num_experts=8, num_experts_per_tok=1, moe_intermediate_size=3072,
+        shared_expert_intermediate_size=3072, residual_moe=True,
+        router_noise="rsample", norm_topk_prob=False, router_aux_loss_coef=0.01,
     ),
     # DeepSeek-V3 (arXiv:2412.19437): latent attention, 8 experts in 4 groups and a shared one, balanced by biases,
     # and one module that predicts the token after the next.

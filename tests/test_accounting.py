@@ -70,13 +70,18 @@ def test_published_counts():
 
 
 def norm_parameters(model: MiniLLMForCausalLM) -> int:
-    """6 N counts norms and other vectors as if they were products."""
-    return sum(p.numel() for name, p in model.model.named_parameters() if p.dim() < 2 and "positions" not in name)
+    """6 N counts norms and other vectors as if they were products, of experts' biases those a token uses."""
+    named = [(name, p) for name, p in model.model.named_parameters() if "positions" not in name]
+    used = {"up_bias": model.config.num_experts_per_tok, "down_bias": model.config.num_experts_per_tok}
+    vectors = sum(p.numel() for name, p in named if p.dim() < 2)
+    return vectors + sum(p[0].numel() * used[name.split(".")[-1]] for name, p in named if name.endswith("_bias"))
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "char-tiny", "gpt2-124m", "dense-171m", "llama3-mini", "qwen3-mini", "mistral-mini"]
-)
+    "name",
+    ["demo", "char-tiny", "gpt2-124m", "dense-171m", "llama3-mini", "qwen3-mini", "mistral-mini", "moe-demo",
+     "residual-moe-mini", "moe-876m", "mixtral-mini"],
+)  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_those_of_the_products(name, tied):
     fields, seq_len = {**TOYS[name], "tie_word_embeddings": tied}, 16

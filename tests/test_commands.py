@@ -20,12 +20,24 @@ def script_of(config: str) -> str:
     return "sft.py" if "sft" in config.split("-") else "pretrain.py"
 
 
+def refused(config: str, json_name: str) -> str | None:
+    """What a pair that cannot run is told; AutoEP, which moe_zero3.json asks for, computes gated experts only."""
+    if json_name != "moe_zero3.json" or script_of(config) == "sft.py":  # an sft run's model is not there yet
+        return None
+    return {"moe-demo": None, "moe-876m": "gated experts without biases"}.get(config, "the model has no experts")
+
+
 @pytest.mark.parametrize("config", YAMLS)
 @pytest.mark.parametrize("json_name", JSONS)
 def test_every_yaml_with_every_json_dry_runs(config, json_name, tmp_path):
     words = command(script_of(config), ROOT / "ds_configs" / json_name, {}, config=config)
     words += ["--dry-run", "--ranks", "8"]
-    out = run(words, cwd=tmp_path).stdout
+    done = run(words, cwd=tmp_path, check=False)
+    if problem := refused(config, json_name):
+        assert done.returncode == 2 and problem in done.stderr and "1 problem" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     stage = json_name.split("zero")[1][0]
     precision = next((name for name in ("fp16", "fp32") if name in json_name), "bf16")
     assert f"ZeRO-{stage}, {precision}" in out

@@ -45,7 +45,8 @@ def write_toy(folder, preset, **changes):
     return model
 
 
-OWN_CODE = {"dense-171m": {}, "moe-876m": {}, "char-tiny": {"position_embedding_type": "sinusoidal"}}
+SINUSOIDAL = {"position_embedding_type": "sinusoidal"}
+OWN_CODE = {"dense-171m": {}, "moe-876m": {}, "residual-moe-mini": {}, "char-tiny": SINUSOIDAL}
 ALONE = """
 import builtins, sys, numpy, torch
 def asked(prompt):

@@ -30,9 +30,26 @@ def test_the_config_keeps_every_value(name):
     assert len(config.layer_types) == len(config.mlp_layer_types) == config.num_hidden_layers
 
 
+@pytest.mark.parametrize(
+    "name, changes, broken",
+    [
+        ("moe-demo", {"residual_moe": True}, "residual_moe is true: there is no shared expert"),
+        ("residual-moe-mini", {"shared_expert_gate": True}, "shared_expert_gate is true: residual_moe weights"),
+        ("demo", {"residual_moe": True}, "residual_moe is True: only sparse layers"),
+        ("demo", {"router_noise": "jitter"}, "router_noise is 'jitter': only sparse layers"),
+        ("moe-demo", {"router_noise": "gumbel"}, "router_noise is 'gumbel': valid names are none, jitter, rsample"),
+        ("moe-876m", {"router_noise": "jitter"}, "router_noise is 'jitter': only router_type softmax has it"),
+        ("deepseek-v3-mini", {"router_noise": "rsample"}, "router_noise is 'rsample': only router_type softmax"),
+    ],
+)
+def test_expert_mechanisms_that_do_not_go_together_are_refused(name, changes, broken):
+    (problem,) = problems_of({**PRESETS[name], **changes})
+    assert problem.startswith(broken)
+
+
 def test_every_field_differs_from_its_default_in_some_preset_or_is_an_option():
     """A field no preset uses is a mechanism nobody asked for."""
-    options = {"rope_scaling", "router_z_loss_coef", "mtp_loss_coef", "position_embedding_type"}
+    options = {"rope_scaling", "mtp_loss_coef", "position_embedding_type"}
     used = {name for preset in PRESETS.values() for name in DEFAULTS if preset[name] != DEFAULTS[name]}
     assert set(DEFAULTS) - used <= options
 

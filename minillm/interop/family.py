@@ -43,6 +43,7 @@ PLAIN = {
     "qk_norm": False,
     "attention_output_gate": False,
     "mlp_bias": False,
+    "residual_moe": False,
     "partial_rotary_factor": 1.0,
 }
 SOFTMAX_EXPERTS = {
@@ -53,7 +54,7 @@ SOFTMAX_EXPERTS = {
 }
 # A trained model does not read these: a native class without a place for them is still the same model.
 TRAINING_ONLY = (
-    "hidden_dropout embedding_dropout router_aux_loss_coef router_importance_loss_coef router_z_loss_coef "
+    "hidden_dropout embedding_dropout router_noise router_aux_loss_coef router_importance_loss_coef router_z_loss_coef "
     "router_sequence_loss_coef router_bias_update_speed"
 ).split()
 # Nor the weights of multi-token prediction, which no native class has.
@@ -126,7 +127,7 @@ class Family:
 
     def left_out(self, fields: Fields) -> list[str]:
         """The fields set in `fields` that only training reads and the native class has no place for."""
-        return [name for name in TRAINING_ONLY if name not in self.names and fields[name]]
+        return [name for name in TRAINING_ONLY if name not in self.names and fields[name] != DEFAULTS[name]]
 
     def config_to_ours(self, config: PretrainedConfig) -> MiniLLMConfig:
         """The same architecture as a MiniLLMConfig; UserError where theirs has an option this decoder has not."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from minillm.models.balancing import TERMS, Routing
+from minillm.models.balancing import Routing, coefficients
 from minillm.models.configuration_minillm import MiniLLMConfig
 
 IGNORE = -100
@@ -65,7 +65,7 @@ def auxiliary_losses(
     targets: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The balancing terms by name (before their coefficients), and their weighted sum.
+    """The balancing terms by name and sparse layer (before their coefficients), [L] each, and their weighted sum.
 
     Each term is computed for each row and summed over layers (Switch, arXiv:2101.03961, section 2.2); a row counts by
     its share of the targets. Over whole batches instead of rows a term would depend on the split into micro-batches,
@@ -74,9 +74,8 @@ def auxiliary_losses(
     if not routings:
         return {}, targets.new_zeros((), dtype=torch.float32)
     share = (targets != IGNORE).sum(-1) / (count_targets(targets) if num_items is None else num_items)  # [B]
-    losses, total = {}, 0.0
-    for name, field in TERMS.items():
-        if coefficient := getattr(config, field):
-            losses[name] = sum((routing.terms[name] * share).sum() for routing in routings)
-            total = total + coefficient * losses[name]
-    return losses, total
+    terms, total = {}, 0.0
+    for name, coefficient in coefficients(config).items():
+        terms[name] = torch.stack([(routing.terms[name] * share).sum() for routing in routings])
+        total = total + coefficient * terms[name].sum()
+    return terms, total

@@ -22,7 +22,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from minillm.models.balancing import Routing
+from minillm.models.balancing import Routing, routing_by_layer
 from minillm.models.chat import encode_chat
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.feed_forward import build_mlp
@@ -87,11 +87,15 @@ class MiniLLMCausalLMOutput(CausalLMOutputWithPast):
         loss: what training minimises: cross-entropy and, in training, the auxiliary terms times their coefficients.
         losses: fp32 scalars, `cross_entropy` first, then in training every auxiliary term before its coefficient;
             all of them add up over micro-batches that share one `num_items_in_batch`.
-        expert_counts: [sparse layers, E], tokens each expert got, in training.
+        routing: what the routers did, in training of a model with experts; its rows are the L sparse layers in order,
+            multi-token modules last, and everything in it adds up over micro-batches like the losses. `counts` [L, E],
+            tokens that chose each expert before any are dropped; `dropped` [L], routes the capacity dropped; `entropy`
+            [L], of the routing probabilities, summed over tokens (nats); `tokens` [L]; and each balancing term by its
+            name in `losses` [L], which adds up to that.
     """
 
     losses: dict[str, torch.Tensor] | None = None
-    expert_counts: torch.Tensor | None = None
+    routing: dict[str, torch.Tensor] | None = None
 
 
 class MiniLLMPreTrainedModel(PreTrainedModel):
@@ -266,7 +270,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         kept = logits_to_keep
         if isinstance(kept, int):
             kept = slice(-kept, None) if kept else slice(None)
-        loss = losses = logits = None
+        loss = losses = logits = routing = None
         if targets is not None:
             if num_items_in_batch is None:
                 num_items_in_batch = count_targets(targets)  # of the next token, for the terms further ahead as well
@@ -280,9 +284,11 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
                 losses[f"multi_token_{depth}"] = term
                 # DeepSeek-V3 (arXiv:2412.19437), equation 25: the mean over depths.
                 loss = loss + self.config.mtp_loss_coef / self.config.num_nextn_predict_layers * term
-            balancing, total = auxiliary_losses(self.config, outputs.routings, targets, num_items_in_batch)
-            losses |= balancing
-            loss = loss + total if balancing else loss
+            if outputs.routings:
+                balancing, total = auxiliary_losses(self.config, outputs.routings, targets, num_items_in_batch)
+                losses |= {name: rows.sum() for name, rows in balancing.items()}
+                loss = loss + total
+                routing = routing_by_layer(outputs.routings, balancing)
         elif return_logits:
             logits = self.lm_head(hidden_states[:, kept])
         output = MiniLLMCausalLMOutput(
@@ -290,7 +296,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             losses=losses,
-            expert_counts=torch.stack([r.counts for r in outputs.routings]) if outputs.routings else None,
+            routing=routing,
         )
         return output if return_dict is not False else output.to_tuple()
 

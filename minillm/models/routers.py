@@ -1,6 +1,8 @@
 """Routers: which K experts each token goes to, and with what weights; the table that chooses one by `router_type`.
 
-Contract: logits and everything after them in fp32. Names are those of transformers: `weight` [E, D].
+Contract: logits and everything after them in fp32. Names are those of transformers: `weight` [E, D]. Every router is
+called as `router(x, indices=None)`; with `indices` [S, K] the experts are those, in place of its own choice, and the
+weights follow from them: routing replay, with which two engines are compared that round differently.
 
 Shapes: B batch, T time, S tokens (B * T), D hidden, E experts, K experts a token.
 """
@@ -22,16 +24,35 @@ class Choice(NamedTuple):
     """What a router says of each token, all fp32 but the indices.
 
     Attributes:
-        logits: [S, E], noise included.
+        logits: [S, E], with the noise that the weights are made with.
         probabilities: [S, E], non-negative, adding up to 1: what the balancing terms are about.
         weights: [S, K], what each chosen expert's output is multiplied by.
         indices: [S, K], the chosen experts, no two of a token alike.
+        kept: [S, K] bool, false for routes that a capacity drops, whose weight is then 0; None: all are kept.
+        total: what a token's weights add up to, where the router sees to it; None where it does not.
     """
 
     logits: torch.Tensor
     probabilities: torch.Tensor
     weights: torch.Tensor
     indices: torch.Tensor
+    kept: torch.Tensor | None = None
+    total: float | None = None
+
+
+# The distance from 1 of the factors of router_noise jitter (Switch, arXiv:2101.03961, appendix C; DeepSpeed's value).
+JITTER = 1e-2
+
+
+def jitter(x: torch.Tensor) -> torch.Tensor:
+    """x with each element multiplied by a number drawn evenly from 1 - JITTER to 1 + JITTER."""
+    return x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
+
+
+def gumbel_like(x: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise of the shape of `x`: -log(-log(u)) with u even in (0, 1)."""
+    limits = torch.finfo(x.dtype)
+    return -(-torch.empty_like(x).uniform_(limits.tiny, 1 - limits.eps).log()).log()
 
 
 class _Router(nn.Module):
@@ -42,6 +63,7 @@ class _Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.normalised = config.norm_topk_prob
         self.scale = config.routed_scaling_factor
+        self.total = self.scale if self.normalised else None
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def init_weights(self, config: MiniLLMConfig) -> None:
@@ -56,16 +78,29 @@ class SoftmaxRouter(_Router):
 
     Mixtral (arXiv:2401.04088, section 2.1; there as softmax over the K largest logits, which is the same), Qwen3-MoE,
     Qwen3-Next. Probabilities: the softmax.
+
+    `router_noise` acts in training only. jitter: x is multiplied by factors near 1 (Switch, arXiv:2101.03961, appendix
+    C; DeepSpeed's Jitter). rsample: Gumbel noise on the logits decides the choice, and neither weights nor
+    probabilities, so that K experts are drawn without replacement from the softmax (Gumbel top-k, Kool et al.,
+    arXiv:1903.06059); with K = 1 DeepSpeed's RSample.
     """
 
-    def forward(self, x: torch.Tensor) -> Choice:
-        """[S, D] -> Choice."""
-        logits = self.logits(x)
+    def __init__(self, config: MiniLLMConfig):
+        super().__init__(config)
+        self.noise = config.router_noise
+
+    def forward(self, x: torch.Tensor, indices: torch.Tensor | None = None) -> Choice:
+        """[S, D] -> Choice, of the experts `indices` [S, K] where given."""
+        noise = self.noise if self.training else "none"
+        logits = self.logits(jitter(x.float()) if noise == "jitter" else x)
         probabilities = logits.softmax(-1)
-        weights, indices = probabilities.topk(self.top_k, dim=-1)
+        if indices is None:
+            scores = logits + gumbel_like(logits) if noise == "rsample" else probabilities
+            indices = scores.topk(self.top_k, dim=-1).indices
+        weights = probabilities.gather(-1, indices)
         if self.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
-        return Choice(logits, probabilities, weights * self.scale, indices)
+        return Choice(logits, probabilities, weights * self.scale, indices, total=self.total)
 
 
 class SigmoidRouter(_Router):
@@ -97,16 +132,17 @@ class SigmoidRouter(_Router):
             self.e_score_correction_bias = after.float() if before.is_meta else before.to(after.device)
         return self
 
-    def forward(self, x: torch.Tensor) -> Choice:
-        """[S, D] -> Choice."""
+    def forward(self, x: torch.Tensor, indices: torch.Tensor | None = None) -> Choice:
+        """[S, D] -> Choice, of the experts `indices` [S, K] where given."""
         logits = self.logits(x)
         scores = logits.sigmoid()
-        indices = self._allowed(scores + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices
+        if indices is None:
+            indices = self._allowed(scores + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, indices)
         if self.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         probabilities = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        return Choice(logits, probabilities, weights * self.scale, indices)
+        return Choice(logits, probabilities, weights * self.scale, indices, total=self.total)
 
     def _allowed(self, biased: torch.Tensor) -> torch.Tensor:
         """Scores [S, E] with -inf outside the best groups."""
@@ -152,13 +188,15 @@ class NoisyTopKRouter(nn.Module):
         self.router = _Float32Linear(config.hidden_size, config.num_experts)
         self.noise = _Float32Linear(config.hidden_size, config.num_experts)
 
-    def forward(self, x: torch.Tensor) -> Choice:
-        """[S, D] -> Choice."""
+    def forward(self, x: torch.Tensor, indices: torch.Tensor | None = None) -> Choice:
+        """[S, D] -> Choice, of the experts `indices` [S, K] where given."""
         logits = self.router(x)
         if self.training:
             logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
-        kept, indices = logits.topk(self.top_k, dim=-1)
-        return Choice(logits, logits.softmax(-1), kept.softmax(-1) * self.scale, indices)
+        if indices is None:
+            indices = logits.topk(self.top_k, dim=-1).indices
+        weights = logits.gather(-1, indices).softmax(-1) * self.scale
+        return Choice(logits, logits.softmax(-1), weights, indices, total=self.scale)
 
 
 ROUTERS: dict[str, type[nn.Module]] = {

@@ -19,14 +19,13 @@ from safetensors import safe_open
 
 from minillm.data.tokenizer import save_tokenizer
 from minillm.interop.load import list_checkpoints
+from minillm.training.expert_parallel import whole_parameters
 from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.training.state import TrainState
 from minillm.training.zero_state import (
     MOMENTS,
-    full_shape,
     link_optimizer_states,
     loss_scale_state,
-    named_trainable,
     read_full_state,
     reset_optimizer_state,
     restore_loss_scale,
@@ -63,7 +62,7 @@ def save_checkpoint(directory: Path, engine, state: TrainState, extra: dict[str,
     temporary = final.with_name(final.name + ".tmp")
     # Generators first: what follows must not change what is stored.
     generators = distributed.gather_objects(capture_rng())
-    shapes = {name: tuple(full_shape(p)) for name, p in named_trainable(engine)}
+    shapes = {whole.name: tuple(whole.shape) for whole in whole_parameters(engine.module)}
     problem = None
     checksums: dict[str, str] = {}
     if distributed.rank() == 0:

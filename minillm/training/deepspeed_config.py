@@ -45,6 +45,10 @@ ZERO_KEYS = [
     "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
     "memory_efficient_linear", "log_trace_cache_warnings", "leaf_module",
 ]  # fmt: skip
+EXPERT_PARALLEL_KEYS = [
+    "enabled", "autoep_size", "use_grouped_mm", "disable_triton_grouped_mm", "combine_impl", "row_weighting_impl",
+    "gate_up_impl", "async_split_plan", "comm_backend", "comm_num_sm", "comm_qp_margin", "comm_max_tokens_per_rank",
+]  # fmt: skip
 PRECISION_KEYS = {
     "bf16": ["enabled", "immediate_grad_update", "check_grad_overflow"],
     "fp16": ["enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
@@ -146,15 +150,21 @@ def check_keys(values: dict[str, Any], where: str) -> list[str]:
             problems.append(f"{where}: {key} was removed from DeepSpeed (0.19); remove it here")
         elif key not in TOP_LEVEL_KEYS:
             problems.append(f"{where}: {key} is not a DeepSpeed key{nearest(key, TOP_LEVEL_KEYS)}")
-    for name, keys in {"zero_optimization": ZERO_KEYS, **PRECISION_KEYS}.items():
+    sections = {"zero_optimization": ZERO_KEYS, "expert_parallel": EXPERT_PARALLEL_KEYS, **PRECISION_KEYS}
+    for name, keys in sections.items():
         inner = section(values, name)
         if not isinstance(inner, dict):
             problems.append(f"{where}: {name} must be an object, not {inner!r}")
             continue
         for key, value in inner.items():
-            if key not in keys:
+            if key not in keys and name == "expert_parallel":
+                problems.append(
+                    f"{where}: expert_parallel.{key}: routing and weights are the model's own, so AutoEP takes "
+                    f"{', '.join(keys)} only; remove it"
+                )
+            elif key not in keys:
                 problems.append(f"{where}: {name}.{key} is not a DeepSpeed key{nearest(key, keys)}")
-            elif value == "auto":
+            elif value == "auto" and key != "autoep_size":
                 problems.append(f"{where}: {name}.{key}: only batch sizes, accumulation and clipping may be \"auto\"")
     return problems
 
@@ -191,11 +201,23 @@ def check_precision(values: dict[str, Any], where: str) -> list[str]:
     return problems
 
 
-def model_state_bytes(num_parameters: int, values: dict[str, Any], world_size: int) -> dict[str, int]:
+def model_state_bytes(
+    num_parameters: int, values: dict[str, Any], world_size: int, routed: int = 0, expert_parallel_size: int = 1
+) -> dict[str, int]:
     """Bytes a GPU holds for weights, gradients and optimizer (ZeRO, arXiv:1910.02054, section 3); no activations.
 
     Offloaded parts count under `host`. Gradients are counted in the type they add up in.
+
+    Args:
+        routed: those of num_parameters that are experts: a GPU has one part in expert_parallel_size of them, and ZeRO
+            shares that out among the GPUs with the same experts.
     """
+    shared = _state_bytes(num_parameters - routed, values, world_size)
+    experts = _state_bytes(routed // expert_parallel_size, values, world_size // expert_parallel_size)
+    return {part: shared[part] + experts[part] for part in shared}
+
+
+def _state_bytes(num_parameters: int, values: dict[str, Any], world_size: int) -> dict[str, int]:
     stage, low = zero_stage(values), 4 if precision(values) == "fp32" else 2
     since = {"optimizer": 1, "gradients": 2, "weights": 3}
     share = {name: world_size if stage >= first else 1 for name, first in since.items()}

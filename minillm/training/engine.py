@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +22,8 @@ import torch.distributed as dist
 from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
 from minillm.config import RunConfig
+from minillm.models.capacity import Capacity
+from minillm.training.expert_parallel import parallelise_experts
 from minillm.training.optim import build_optimizer
 from minillm.training.zero_state import base_optimizer, dynamic_loss_scaler, link_optimizer_states, loss_scale_state
 from minillm.utils import distributed
@@ -38,13 +40,13 @@ class StepResult:
         loss: token-mean cross-entropy.
         auxiliary: the other terms of the loss by name, before their coefficients.
         grad_norm: global gradient norm before clipping.
-        expert_counts: [sparse layers, E], tokens each expert got; None without experts.
+        routing: MiniLLMCausalLMOutput.routing of the whole batch, float64 on the CPU; None without experts.
     """
 
     loss: float
     auxiliary: dict[str, float]
     grad_norm: float
-    expert_counts: torch.Tensor | None
+    routing: dict[str, torch.Tensor] | None
 
 
 class NonFiniteError(UserError):
@@ -91,10 +93,19 @@ def lone_rank_environment() -> dict[str, str]:
 
 
 def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict):
-    """Wrap `model` (fp32, its weights already in it) in a DeepSpeed engine with AdamW.
+    """Wrap `model` (fp32, its weights already in it) in a DeepSpeed engine with AdamW, its experts shared out.
 
     Weights come first because ZeRO copies them into its low-precision tensors here and never again.
     """
+    capacity = None
+    if run.model.moe_capacity_factor is not None:
+        capacity = Capacity(run.model.moe_capacity_factor, run.model.moe_min_capacity)
+    options = deepspeed_config.get("expert_parallel") or {}
+    parallelise_experts(
+        model, run.model.moe_backend, run.model.expert_parallel_size, capacity=capacity, options=options
+    )
+    # AutoEP's layers are in the model by now; DeepSpeed would look for blocks of other people's models to replace.
+    deepspeed_config = {key: value for key, value in deepspeed_config.items() if key != "expert_parallel"}
     if run.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -117,7 +128,11 @@ def warm_up(engine, micro_batches: list[MicroBatch]) -> None:
 
 
 def run_step(
-    engine, micro_batches: list[MicroBatch], num_target_tokens: int, learning_rate: float
+    engine,
+    micro_batches: list[MicroBatch],
+    num_target_tokens: int,
+    learning_rate: float,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """One optimizer step.
 
@@ -128,6 +143,7 @@ def run_step(
         micro_batches: this rank's share, gradient_accumulation_steps of them.
         num_target_tokens: target tokens of the global batch (all ranks, all micro-batches).
         learning_rate: of this step, for every group.
+        before_update: called when the gradients are complete, on every rank.
 
     Raises:
         NonFiniteError: on every rank, with weights and moments as they were.
@@ -136,38 +152,55 @@ def run_step(
         group["lr"] = learning_rate
     while True:
         scale = loss_scale_state(engine)
-        result = _attempt_step(engine, micro_batches, num_target_tokens)
+        result = _attempt_step(engine, micro_batches, num_target_tokens, before_update)
         if not getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
             return result
         if scale is None or scale["cur_scale"] <= dynamic_loss_scaler(engine).min_scale:
             raise NonFiniteError(f"the loss is {result.loss:.4f}, but the gradient is not finite")
 
 
-def _attempt_step(engine, micro_batches: list[MicroBatch], num_target_tokens: int) -> StepResult:
+def _attempt_step(
+    engine, micro_batches: list[MicroBatch], num_target_tokens: int, before_update: Callable[[], None] | None
+) -> StepResult:
     scale = distributed.world_size()  # DeepSpeed averages over the ranks; the loss is already divided by all tokens
-    total, losses, counts = 0.0, {}, None
+    losses: dict[str, torch.Tensor] = {}
+    routing: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches, 1):
         output = engine(**batch, num_items_in_batch=num_target_tokens)
         engine.backward(output.loss * scale, scale_wrt_gas=False)
-        total += output.loss.detach().float()
-        losses = {name: losses.get(name, 0.0) + value.detach().float() for name, value in output.losses.items()}
-        if output.expert_counts is not None:
-            counts = output.expert_counts if counts is None else counts + output.expert_counts
+        losses = _add(losses, {"total": output.loss, **output.losses})
+        routing = _add(routing, output.routing or {})
         if number < len(micro_batches):
             engine.step()
-    total, *values = distributed.reduce_sum([float(total), *map(float, losses.values())])
-    losses = dict(zip(losses, values, strict=True))
-    loss = losses.pop("cross_entropy")
+    losses, routing = _sum_over_ranks(losses, routing)
+    losses = {name: float(value) for name, value in losses.items()}
+    total, loss = losses.pop("total"), losses.pop("cross_entropy")
     if not math.isfinite(total):
         parts = "".join(f", {name} {value}" for name, value in losses.items())
         raise NonFiniteError(f"the loss is {total} (cross-entropy {loss}{parts})" if losses else f"the loss is {total}")
     norm = plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
     if norm is not None and not math.isfinite(norm):
         raise NonFiniteError(f"the loss is {loss:.4f}, but the gradient norm is {norm}")
+    if before_update is not None:
+        before_update()
     engine.step()
-    if counts is not None:
-        counts = torch.tensor(distributed.reduce_sum(counts.flatten().tolist())).view(counts.shape)
-    return StepResult(loss, losses, float(engine.get_global_grad_norm()) if norm is None else norm, counts)
+    norm = float(engine.get_global_grad_norm()) if norm is None else norm
+    return StepResult(loss, losses, norm, routing or None)
+
+
+def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`values` added to what earlier micro-batches gave (nothing before the first), in float64, in which counts are
+    exact."""
+    return {name: sums.get(name, 0.0) + value.detach().double() for name, value in values.items()}
+
+
+def _sum_over_ranks(*tables: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The same tables with every tensor summed over the ranks, in float64 on the CPU; one all-reduce for all."""
+    values = [value for table in tables for value in table.values()]
+    flat = torch.cat([value.flatten() for value in values]).tolist()
+    flat = torch.tensor(distributed.reduce_sum(flat), dtype=torch.float64)
+    parts = iter(flat.split([value.numel() for value in values]))
+    return [{name: next(parts).view(value.shape) for name, value in table.items()} for table in tables]
 
 
 def plain_gradient_norm(engine) -> float:

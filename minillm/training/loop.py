@@ -13,11 +13,19 @@ from pathlib import Path
 import torch
 
 from minillm.accounting import flops_per_token
-from minillm.config import RunConfig
+from minillm.config import RunConfig, raise_problems
 from minillm.data.tokenizer import token_byte_lengths
 from minillm.interop.load import newest_checkpoint
 from minillm.models import MiniLLMConfig
 from minillm.training import checkpoint, run_folder
+from minillm.training.balance import (
+    count_idle_steps,
+    experts_record,
+    idle_warning,
+    sparse_layers,
+    summary,
+    update_router_biases,
+)
 from minillm.training.build import (
     Data,
     build_loader,
@@ -31,10 +39,10 @@ from minillm.training.build import (
 from minillm.training.deepspeed_config import precision
 from minillm.training.engine import NonFiniteError, build_engine, move_to_device, process_group, run_step
 from minillm.training.engine import warm_up as warm_up_engine
-from minillm.training.experts import update_router_biases
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
+from minillm.training.moe_backends import resolve_moe_backend
 from minillm.training.optim import learning_rate_at
-from minillm.training.plots import draw_loss
+from minillm.training.plots import draw_experts, draw_loss
 from minillm.training.signals import StopRequest
 from minillm.training.state import TrainState
 from minillm.training.trackers import NoTracker, Tracker
@@ -42,7 +50,7 @@ from minillm.training.validation import sample, validate
 from minillm.training.zero_state import write_full_state
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
-from minillm.utils.logging import say
+from minillm.utils.logging import say, warn
 
 
 def train(run: RunConfig, deepspeed_config: dict) -> int:
@@ -70,6 +78,8 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
     config = resolve_model_config(run, data)
+    problems = resolve_moe_backend(run, config.fields(), deepspeed_config, distributed.world_size())
+    raise_problems(problems, f"on {distributed.world_size()} rank(s)")
     with run_folder.only_writer(run.run_dir):
         trainer = Trainer(run, data)
         if trainer.is_complete():
@@ -203,10 +213,21 @@ class Trainer:
                 f"step {state.step + 1}: {error}. Nothing was updated; the last checkpoint is {last}. "
                 f"Lower optim.learning_rate or optim.gradient_clipping"
             ) from error
-        update_router_biases(self.engine.module, self.result.expert_counts)
+        if self.result.routing is not None:
+            self.balance_experts(self.result.routing["counts"])
         state.step += 1
         state.tokens += self.num_target_tokens
         state.train_seconds += self.meter.end_step(self.num_target_tokens)
+
+    def balance_experts(self, counts: torch.Tensor) -> None:
+        """Move the routers' biases, and warn of experts that get nothing."""
+        config, state = self.engine.module.config, self.state
+        update_router_biases(self.engine.module, counts)
+        before, state.expert_idle_steps = state.expert_idle_steps, count_idle_steps(state.expert_idle_steps, counts)
+        every = self.config.log.idle_expert_steps
+        warning = idle_warning(before, state.expert_idle_steps, every, sparse_layers(config), config)
+        if warning and distributed.rank() == 0:
+            warn(f"step {state.step + 1}: {warning}")
 
     def log(self, validated: bool) -> None:
         """One record a step: training, and validation where it is due."""
@@ -218,13 +239,17 @@ class Trainer:
             **self.result.auxiliary,
             **self.meter.read(),
         }
+        experts = None
+        if self.result.routing is not None:
+            experts = experts_record(self.result.routing, sparse_layers(self.engine.module.config))
+            record |= summary(experts)
         if self.state.bad_rows:
             record["bad_rows"] = self.state.bad_rows
         if self.meter.line_is_due(self.state.step) or validated:
             say(progress_line(record, self.state, self.meter))
         if validated and self.validation:
             record |= self.validate()
-        self.tracker.log(self.state.step, record)
+        self.tracker.log(self.state.step, record, experts)
 
     def validate(self) -> dict[str, float]:
         start = time.perf_counter()
@@ -260,19 +285,32 @@ class Trainer:
         if self.saved_step != self.state.step and self.state.step:
             self.save()
         say(f"stopped by signal {signal} after step {self.state.step}; the same command resumes")
+        self.draw()  # last: whoever sent the signal may not wait for it
         return 128 + signal
 
     def conclude(self) -> None:
-        """The last line of the log, and the picture of the run."""
+        """The last line of the log, and the pictures of the run."""
         state = self.state
-        if distributed.rank() == 0 and (picture := draw_loss(self.config.run_dir, state.first_val_loss)):
-            say(f"drew {picture}")
+        self.draw()
         before = f"{state.first_val_loss:.4f} -> " if state.first_val_loss is not None else ""
         loss = f", validation loss {before}{state.val_loss:.4f}" if state.val_loss is not None else ""
         say(
             f"done: {state.step} steps, {state.tokens:,} tokens in {format_seconds(state.train_seconds)}{loss}; "
             f"run folder {self.config.run_dir}"
         )
+
+    def draw(self) -> None:
+        """plots/loss.png, and plots/experts.png where there are experts, of what has been logged."""
+        if distributed.rank() != 0:
+            return
+        run_dir = self.config.run_dir
+        try:
+            pictures = draw_loss(run_dir, self.state.first_val_loss), draw_experts(run_dir)
+        except OSError as error:  # the run itself is whole, and saved
+            warn(f"no picture could be written to {run_dir / 'plots'}: {error}")
+            return
+        for picture in filter(None, pictures):
+            say(f"drew {picture}")
 
     def close(self, exit_code: int) -> None:
         for loader in (self.loader, *self.validation.values()):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
 from minillm.config import OptimSection
@@ -14,7 +15,8 @@ from minillm.config import OptimSection
 def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Decay on matrices and embeddings, none on vectors (norm weights and biases), as GPT-3 and Llama do.
 
-    The biases of experts are stacked into matrices and are still biases.
+    The biases of experts are stacked into matrices and are still biases. Experts that are shared out among ranks get
+    groups of their own, as DeepSpeed asks, of the same weight decay.
 
     Returns:
         One group for each kind that has parameters, with a `name` (DeepSpeed asks for it).
@@ -26,6 +28,8 @@ def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[s
          "weight_decay": weight_decay if decay else 0.0}
         for name, decay in (("decay", True), ("no_decay", False))
     ]  # fmt: skip
+    if any(is_moe_param(p) for _, p in trainable):
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in groups if group["params"]]
 
 

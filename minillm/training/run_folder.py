@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from minillm.config import RunConfig, dump_run_config
+from minillm.config import ModelSection, RunConfig, dump_run_config
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.files import file_lock, write_atomic, write_json
@@ -75,7 +75,7 @@ def check_resumable(run: RunConfig, recorded: dict[str, Any]) -> None:
 
 
 def _extra(recorded: dict[str, Any]) -> set[str]:
-    return set(recorded["model"]) - {"preset", "init_from", "moe_backend", "expert_parallel_size"}
+    return set(recorded["model"]) - set(ModelSection.model_fields)
 
 
 def _get(values: dict[str, Any], key: str) -> Any:

@@ -22,6 +22,7 @@ class TrainState:
     val_step: int | None = None  # when that was
     best_val_loss: float | None = None  # of the checkpoints
     best_step: int | None = None
+    expert_idle_steps: list[list[int]] | None = None  # [sparse layers][E], since each expert last got a token
 
     def record_validation(self, val_loss: float) -> None:
         """Remember the latest (the step as it stands)."""

@@ -1,7 +1,8 @@
-"""Where metrics go: metrics.jsonl always, W&B and TensorBoard beside it. Rank 0 only; one writer a run folder.
+"""Where metrics go: metrics.jsonl always, experts.jsonl where there are experts, W&B and TensorBoard beside them.
+Rank 0 only; one writer a run folder.
 
-Contract: one JSON object a line, flushed. On resume the file is cut back to the checkpoint's step, so that the curve
-has no doubles; W&B continues the same run id, with our own step as the axis.
+Contract: one JSON object a line, flushed. On resume the files are cut back to the checkpoint's step, so that the curves
+have no doubles; W&B continues the same run id, with our own step as the axis.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from minillm.config import RunConfig
+from minillm.training.balance import scalars
 from minillm.utils.errors import UserError
 from minillm.utils.files import write_atomic
 from minillm.utils.logging import say, warn
@@ -25,34 +28,48 @@ class Tracker:
     """Everything that is told a record."""
 
     def __init__(self, run: RunConfig, step: int):
-        self._path = run.run_dir / "metrics.jsonl"
-        cut_back(self._path, step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._run_dir = run.run_dir
+        cut_back(self._run_dir, step)
+        self._files: dict[str, TextIO] = {}  # by name, each opened for its first record
         self._wandb = open_wandb(run)
         self._board = open_tensorboard(run, step)
 
-    def log(self, step: int, record: dict[str, float]) -> None:
-        """Add one record; a step's keys are merged by their readers, a later line wins."""
-        try:
-            self._file.write(json.dumps({"step": step, **record}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written ({error}); mend that and run again") from error
+    def log(self, step: int, record: dict[str, float], experts: dict[str, list] | None = None) -> None:
+        """Add one record; a step's keys are merged by their readers, a later line wins.
+
+        Args:
+            experts: minillm.training.balance.experts_record of the step.
+        """
+        self._append("metrics.jsonl", {"step": step, **record})
+        if experts is not None:
+            self._append("experts.jsonl", {"step": step, **experts})
+            record = record | scalars(experts)
         self._tell_wandb(lambda tracked: tracked.log({**record, "train_step": step}))
         if self._board is not None:
             for name, value in record.items():
                 self._board.add_scalar(name, value, step)
 
+    def _append(self, name: str, record: dict[str, object]) -> None:
+        path = self._run_dir / name
+        try:
+            if name not in self._files:
+                self._files[name] = open(path, "a", encoding="utf-8")
+            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error}); mend that and run again") from error
+
     def sample(self, step: int, samples: list[dict[str, str]]) -> None:
         """Append generated texts to samples.jsonl."""
-        with open(self._path.with_name("samples.jsonl"), "a", encoding="utf-8") as file:
+        with open(self._run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
 
     def close(self, exit_code: int = 0) -> None:
         """End the run in the trackers: `exit_code` other than 0 marks it as failed in W&B."""
-        with contextlib.suppress(OSError):  # every record was flushed, and a full disk has been reported
-            self._file.close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # every record was flushed, and a full disk has been reported
+                file.close()
         self._tell_wandb(lambda tracked: tracked.finish(exit_code=exit_code))
         if self._board is not None:
             self._board.close()
@@ -72,16 +89,16 @@ class Tracker:
 class NoTracker:
     """The other ranks'."""
 
-    def log(self, step: int, record: dict[str, float]) -> None: ...
+    def log(self, step: int, record: dict[str, float], experts: dict[str, list] | None = None) -> None: ...
 
     def sample(self, step: int, samples: list[dict[str, str]]) -> None: ...
 
     def close(self, exit_code: int = 0) -> None: ...
 
 
-def cut_back(path: Path, step: int) -> None:
+def cut_back(run_dir: Path, step: int) -> None:
     """Drop the records after `step` (and a line that a kill left half-written)."""
-    for file in (path, path.with_name("samples.jsonl")):
+    for file in (run_dir / name for name in ("metrics.jsonl", "experts.jsonl", "samples.jsonl")):
         if not file.exists():
             continue
         # "\n" alone ends a record: texts of samples may hold the line ends that str.splitlines also knows.

@@ -89,7 +89,7 @@ def sample(engine, tokenizer, prompts: list[str], max_new_tokens: int, chat: boo
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                synced_gpus=False,
+                synced_gpus=distributed.world_size() > 1,
                 eos_token_id=stop_ids(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -1,4 +1,4 @@
-"""fp32 weights and AdamW moments by parameter name, whatever the ZeRO stage and the number of ranks.
+"""fp32 weights, AdamW moments and gradients by parameter name, whatever ZeRO stage, ranks and expert parallelism.
 
 Contract: `read_full_state` gathers one tensor at a time, in the same order on every rank (every call is a collective);
 `write_full_state` takes whole tensors and keeps this rank's part. Nothing is probed: which tensors exist follows from
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -20,21 +21,14 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+from minillm.training.expert_parallel import full_shape, whole_parameters
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def base_optimizer(engine) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's ZeRO wrapper (or the optimizer itself at stage 0)."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def named_trainable(engine) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-
-
-def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The whole tensor's shape; at ZeRO-3 the parameter itself is empty."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def link_optimizer_states(engine) -> None:
@@ -49,21 +43,23 @@ def link_optimizer_states(engine) -> None:
 
 
 def read_full_state(engine, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield (parameter name, kind, fp32 tensor on the CPU) for every parameter, kind by kind.
+    """Yield (parameter name, kind, fp32 tensor on the CPU) for every whole parameter, kind by kind.
 
     Args:
-        kinds: of "weight", "exp_avg", "exp_avg_sq".
+        kinds: of "weight", "exp_avg", "exp_avg_sq", "gradient" (the last between backward and step).
     """
-    base = base_optimizer(engine)
     for kind in kinds:
-        for name, parameter in named_trainable(engine):
-            if not is_sharded(parameter):
-                tensor = parameter.data if kind == "weight" else base.state[parameter][kind]
-            elif kind == "weight":
-                tensor = safe_get_full_fp32_param(parameter)
-            else:
-                tensor = safe_get_full_optimizer_state(parameter, kind)
-            yield name, kind, tensor.detach().reshape(full_shape(parameter)).float().cpu()
+        for whole in whole_parameters(engine.module):
+            parts = [_read_part(engine, part, kind).detach().reshape(full_shape(part)) for part in whole.parts]
+            yield whole.name, kind, whole.join(parts).float().cpu()
+
+
+def _read_part(engine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    if kind == "gradient":
+        return safe_get_full_grad(parameter)
+    if not is_sharded(parameter):
+        return parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]
+    return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
 
 
 def write_full_state(engine, kind: str, tensor_of: Callable[[str], torch.Tensor]) -> None:
@@ -73,20 +69,24 @@ def write_full_state(engine, kind: str, tensor_of: Callable[[str], torch.Tensor]
         kind: "weight", "exp_avg" or "exp_avg_sq".
         tensor_of: whole fp32 tensor by parameter name.
     """
-    base = base_optimizer(engine)
-    for name, parameter in named_trainable(engine):
-        value = tensor_of(name)
-        if value.shape != full_shape(parameter):
-            raise ValueError(f"{name}: {tuple(value.shape)} does not fit {tuple(full_shape(parameter))}")
-        if not is_sharded(parameter):
-            target = parameter.data if kind == "weight" else base.state[parameter][kind]
-            target.copy_(value)
-        elif hasattr(parameter, "ds_id"):
-            _write_partition(parameter, kind, value)
-        elif kind == "weight":
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+    for whole in whole_parameters(engine.module):
+        value = tensor_of(whole.name)
+        if value.shape != whole.shape:
+            raise ValueError(f"{whole.name}: {tuple(value.shape)} does not fit {tuple(whole.shape)}")
+        for part, own in zip(whole.parts, whole.split(value), strict=True):
+            _write_part(engine, part, kind, own)
+
+
+def _write_part(engine, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    if not is_sharded(parameter):
+        target = parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]
+        target.copy_(value)
+    elif hasattr(parameter, "ds_id"):
+        _write_partition(parameter, kind, value)
+    elif kind == "weight":
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def is_sharded(parameter: torch.nn.Parameter) -> bool:

@@ -31,6 +31,8 @@ NATIVE = {
     "char-tiny": "gpt2",
     "dense-171m": None,
     "moe-876m": None,
+    "moe-demo": "mixtral",
+    "residual-moe-mini": None,
 }
 
 
@@ -62,6 +64,8 @@ def test_every_preset(preset):
         ("mixtral-mini", {"mlp_layer_types": ["dense"] + ["sparse"] * 3}, None),
         ("mixtral-mini", {"shared_expert_intermediate_size": 8}, None),
         ("mixtral-mini", {"router_type": "sigmoid"}, None),
+        ("mixtral-mini", {"router_noise": "rsample"}, "mixtral"),  # in training alone
+        ("deepseek-v3-mini", {"residual_moe": True}, None),
         ("qwen3-moe-mini", {"mlp_layer_types": ["sparse", "dense"] * 2}, "qwen3_moe"),
         ("deepseek-v3-mini", {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}, None),
         ("deepseek-v3-mini", {"shared_expert_intermediate_size": 40}, None),
@@ -86,7 +90,7 @@ def test_no_field_is_forgotten():
     """Every field of ours is converted, fixed, read by training alone, or belongs to a mechanism the family lacks."""
     latent = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
     experts = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "routed_scaling_factor",
-               "router_type", "shared_expert_gate", "shared_expert_intermediate_size"}  # fmt: skip
+               "router_type", "shared_expert_gate", "shared_expert_intermediate_size", "residual_moe"}  # fmt: skip
     for name, family in FAMILIES.items():
         known = {*family.names, *family.fixed, *family.fixed_if_sparse, *family.carried, *TRAINING_ONLY}
         known |= {"layer_types", "mlp_layer_types"}  # `mixers` and `mlps` hold what is allowed

@@ -26,6 +26,7 @@ PRESETS = [
     "moe-876m",
     "qwen3-moe-mini",
     "mixtral-mini",
+    "residual-moe-mini",
     "deepseek-v3-mini",
     "qwen3-next-mini",
 ]

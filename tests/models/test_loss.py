@@ -85,30 +85,35 @@ def test_counted_are_the_tokens_up_to_the_last_target():
     assert counted_tokens(targets).int().tolist() == [[1, 1, 1, 1, 0], [0] * 5, [1] * 5]
 
 
+def routing(terms: dict[str, torch.Tensor]) -> Routing:
+    nothing = torch.zeros(())
+    return Routing(counts=torch.zeros(4), dropped=nothing, entropy=nothing, tokens=nothing, terms=terms)
+
+
 def routings(rows: int) -> list[Routing]:
     generator = torch.Generator().manual_seed(rows)
-    return [Routing(torch.zeros(4), {n: torch.rand(rows, generator=generator) for n in TERMS}) for _ in range(3)]
+    return [routing({name: torch.rand(rows, generator=generator) for name in TERMS}) for _ in range(3)]
 
 
 @pytest.mark.parametrize("count", [None, 20])
-def test_auxiliary_terms_are_sums_over_layers_weighted_by_targets(count):
-    config = types.SimpleNamespace(**{field: 0.0 for field in TERMS.values()})
+def test_auxiliary_terms_are_of_each_layer_and_weighted_by_targets(count):
+    config = types.SimpleNamespace(**{term.field: 0.0 for term in TERMS.values()})
     config.router_aux_loss_coef, config.router_z_loss_coef = 0.5, 3.0
     targets = torch.tensor([[1, NONE, 3], [NONE] * 3, [4, 5, 6]])
     made = routings(3)
     losses, total = auxiliary_losses(config, made, targets, count)
     expected = {
-        name: sum(r.terms[name][0] * 2 + r.terms[name][2] * 3 for r in made) / (count or 5)
+        name: torch.stack([(r.terms[name][0] * 2 + r.terms[name][2] * 3) / (count or 5) for r in made])
         for name in ("load_balancing", "router_z")
     }
     assert set(losses) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value)
-    torch.testing.assert_close(total, 0.5 * expected["load_balancing"] + 3.0 * expected["router_z"])
+    torch.testing.assert_close(total, 0.5 * sum(expected["load_balancing"]) + 3.0 * sum(expected["router_z"]))
 
     parts = []
     for rows in ([0], [1, 2]):
-        part = [Routing(r.counts, {n: x[rows] for n, x in r.terms.items()}) for r in made]
+        part = [routing({n: x[rows] for n, x in r.terms.items()}) for r in made]
         parts.append(auxiliary_losses(config, part, targets[rows], 5)[0]["router_z"])
     torch.testing.assert_close(sum(parts), auxiliary_losses(config, made, targets, 5)[0]["router_z"])
 

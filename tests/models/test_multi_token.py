@@ -164,7 +164,7 @@ def test_a_batch_without_targets_has_zero_loss_and_gradients(count):
 
 def test_experts_are_balanced_over_tokens_whose_next_token_is_there():
     model, inputs = make(EXPERTS, depth=2), batch()
-    counts = model(**inputs).expert_counts
+    counts = model(**inputs).routing["counts"]
     chosen = model.config.num_experts_per_tok
     sparse = model.config.mlp_layer_types.count("sparse")
     tokens = [int((inputs["shift_labels"][row] >= 0).nonzero().max()) + 1 for row in range(2)]

@@ -1,4 +1,4 @@
-"""metrics.jsonl after a resume, and where W&B goes."""
+"""metrics.jsonl and experts.jsonl after a resume, and where W&B goes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 from minillm.config import RunConfig
 from minillm.training.trackers import Tracker, cut_back, wandb_mode
@@ -13,11 +14,14 @@ from tests.launching import ROOT
 
 
 def test_cut_back_drops_later_steps_and_a_half_written_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in (1, 2, 3, 4)]
-    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    cut_back(path, 2)
-    assert path.read_text() == "\n".join(lines[:2]) + "\n"
+    names = ("metrics.jsonl", "experts.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    cut_back(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == set(names)
+    for name in names:
+        assert (tmp_path / name).read_text() == "\n".join(lines[:2]) + "\n"
 
 
 def test_wandb_without_a_key_is_offline(monkeypatch, tmp_path):
@@ -40,6 +44,26 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     folders = sorted((run.run_dir / "wandb").glob("offline-run-*"))
     assert len({f.name.rsplit("-", 1)[1] for f in folders}) == 1  # the id ends the folder's name
     assert [json.loads(line)["step"] for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+
+
+def test_experts_go_to_a_file_of_their_own_and_to_wandb(tmp_path):
+    run = RunConfig.model_validate({"run_root": str(tmp_path), "run_name": "r", "log": {"wandb": "offline"}})
+    run.run_dir.mkdir()
+    tracker = Tracker(run, 0)
+    experts = {"layers": [3], "share": [[0.25, 0.75]], "max_over_mean": [1.5], "entropy": [0.5]}
+    tracker.log(1, {"loss": 1.0}, experts)
+    tracker.log(2, {"loss": 1.0})
+    tracker.close()
+    assert json.loads((run.run_dir / "experts.jsonl").read_text()) == {"step": 1, **experts}
+    assert [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0},
+    ]  # fmt: skip
+    (log,) = run.run_dir.glob("wandb/offline-run-*/*.wandb")
+    names = [f"experts/layer_03/{name}".encode() for name in ("share_00", "share_01", "max_over_mean", "entropy")]
+    deadline = time.monotonic() + 60  # W&B's own process may write what it has after `finish` returned
+    while (missing := [name for name in names if name not in log.read_bytes()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not missing
 
 
 OUTLIVING = """

@@ -1,0 +1,294 @@
+"""One optimizer step of the DeepSpeed engine against plain torch: every gradient, the norm, every updated weight.
+
+Contract: the engine is the trainer's own (build_engine, run_step); the reference is torch alone, with all experts in
+one process, no ZeRO and no ranks. In fp32 it sees the whole global batch in one forward pass. In bf16 it sees the same
+micro-batches one after the other, adds their gradients up in fp32, and its routing is replayed in the engine: a token
+whose two best experts are almost level may otherwise go either way, and one such token moves a gradient by tens of
+percent without anything being wrong.
+
+Errors are relative to the largest entry of a parameter: max |engine - torch| / max |torch|; of an updated weight,
+relative to the largest update, beyond one rounding of the weight itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minillm.config import RunConfig, raise_problems
+from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.models.moe import SparseMoE
+from minillm.training.deepspeed_config import resolve_deepspeed_config
+from minillm.training.engine import MicroBatch, build_engine, move_to_device, run_step
+from minillm.training.moe_backends import BACKENDS, backend_problems, resolve_moe_backend
+from minillm.training.optim import build_optimizer
+from minillm.training.zero_state import read_full_state
+from minillm.utils import distributed
+
+# fp32: rounding alone, of sums in another order. bf16: eight roundings of 2^-8, since both sides round, the engine also
+# what it sends and, at ZeRO-1, adds up; README, "Gradients equal plain torch's", has what was measured.
+TOLERANCE = {"fp32": 1e-5, "bf16": 8 * 2**-8}
+ROWS, LENGTH = 2, 24  # of one micro-batch
+LEARNING_RATE, CLIPPING = 0.1, 0.05
+
+_SHARED = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+_SPARSE = {**_SHARED, "mlp_layer_types": ["sparse"] * 2, "num_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 24, "router_z_loss_coef": 1e-2}  # fmt: skip
+MODELS: dict[str, dict[str, object]] = {
+    "tied": _SHARED,
+    "multi-token": {**_SHARED, "tie_word_embeddings": False, "num_nextn_predict_layers": 1},
+    "softmax experts, tied": {**_SPARSE, "router_aux_loss_coef": 1e-2},
+    "sigmoid experts, multi-token": {
+        **_SPARSE, "tie_word_embeddings": False, "num_nextn_predict_layers": 1, "num_experts": 8,
+        "router_type": "sigmoid", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+        "router_bias_update_speed": 1e-3, "router_sequence_loss_coef": 1e-2, "shared_expert_intermediate_size": 24,
+    },
+    "noisy experts with biases": {
+        **_SPARSE, "mlp_type": "mlp", "mlp_bias": True, "router_type": "noisy_topk",
+        "router_importance_loss_coef": 5e-2,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination; its text names it in the table."""
+
+    model: str
+    precision: str
+    stage: int
+    accumulation: int
+    backend: str = "torch"
+    expert_parallel: int = 1
+
+    def __str__(self) -> str:
+        backend = "" if "experts" not in self.model else f", {self.backend} x {self.expert_parallel}"
+        return f"{self.model}{backend}, ZeRO-{self.stage}, {self.precision}, accumulation {self.accumulation}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Largest relative errors of a case, and where they are.
+
+    Attributes:
+        gradient, weight: (error, parameter name), before and after the update.
+        norm: relative error of the global gradient norm before clipping.
+    """
+
+    gradient: tuple[float, str]
+    weight: tuple[float, str]
+    norm: float
+
+    def within(self, tolerance: float) -> bool:
+        return max(self.gradient[0], self.weight[0], self.norm) <= tolerance  # false for nan
+
+
+def legal_cases(world_size: int) -> Iterator[Case]:
+    """Every combination that backend_problems and the precision rules allow."""
+    for model, fields in MODELS.items():
+        sparse = "experts" in model
+        full = {**MiniLLMConfig().fields(), **fields}
+        for precision, stage, accumulation in itertools.product(("fp32", "bf16"), (0, 1, 2, 3), (1, 3)):
+            if precision == "bf16" and stage == 0:
+                continue  # DeepSpeed's optimizer there cannot be saved; the trainer refuses it
+            for backend, size in itertools.product(BACKENDS if sparse else ("torch",), (1, 2)):
+                values = {"zero_optimization": {"stage": stage}}
+                if not backend_problems(full, backend, size, values, world_size):
+                    yield Case(model, precision, stage, accumulation, backend, size)
+
+
+def build_batches(num: int) -> list[MicroBatch]:
+    """`num` micro-batches with uneven numbers of targets, the second with none, packed documents in the first."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for i in range(num):
+        tokens = torch.randint(0, _SHARED["vocab_size"], (ROWS, LENGTH + 1), generator=generator)
+        targets = tokens[:, 1:].clone()
+        targets[:, : 3 * i] = -100
+        targets[0, LENGTH - 5 * (i % 4) :] = -100
+        if i == 1:
+            targets[:] = -100
+        documents = (torch.arange(LENGTH) >= (9 if i == 0 else LENGTH)).long().expand(ROWS, -1)
+        positions = torch.arange(LENGTH).expand(ROWS, -1) - (9 * documents if i == 0 else 0)
+        batches.append({
+            "input_ids": tokens[:, :-1], "shift_labels": targets, "document_ids": documents, "position_ids": positions
+        })  # fmt: skip
+    return batches
+
+
+def build_toy(case: Case) -> MiniLLMForCausalLM:
+    torch.manual_seed(11)
+    model = MiniLLMForCausalLM(MiniLLMConfig(**MODELS[case.model]))
+    if case.precision == "bf16":  # the engine's fp32 weights are made from rounded ones
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16().float())
+    return model.train()
+
+
+def run_config(case: Case, world_size: int) -> tuple[RunConfig, dict]:
+    """The trainer's own configuration of a case, and DeepSpeed's."""
+    run = RunConfig.model_validate({
+        "model": {"moe_backend": case.backend, "expert_parallel_size": case.expert_parallel},
+        "train": {
+            "max_steps": 1, "train_batch_size": ROWS * case.accumulation * world_size,
+            "train_micro_batch_size_per_gpu": ROWS,
+        },
+        # The wide epsilon makes an update follow the size of its gradient, so that clipping by a wrong norm shows.
+        "optim": {"learning_rate": LEARNING_RATE, "gradient_clipping": CLIPPING, "adam_epsilon": 1e-2},
+    })  # fmt: skip
+    values: dict = {"zero_optimization": {"stage": case.stage}}
+    if case.precision == "bf16":
+        values["bf16"] = {"enabled": True}
+        if case.stage > 1:
+            values["data_types"] = {"grad_accum_dtype": "fp32"}
+    resolved, problems = resolve_deepspeed_config(values, run, world_size, "parity")
+    fields = {**MiniLLMConfig().fields(), **MODELS[case.model]}
+    raise_problems(problems or resolve_moe_backend(run, fields, resolved, world_size), str(case))
+    return run, resolved
+
+
+Tensors = dict[str, torch.Tensor]  # by parameter name
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain torch makes of a batch: gradients before clipping, weights after the update, both on the CPU; and each
+    router's choice for each micro-batch (for all of them at once, in fp32)."""
+
+    gradients: Tensors
+    weights: Tensors
+    updates: Tensors
+    norm: float
+    routing: list[Tensors]
+
+
+def plain_torch(case: Case, batches: list[MicroBatch], num_targets: int, run: RunConfig) -> Reference:
+    """One step by torch alone."""
+    device = distributed.default_device()
+    master = build_toy(case).to(device)
+    before = {name: p.detach().clone() for name, p in master.named_parameters()}
+    model = master
+    if case.precision == "bf16":
+        model = copy.deepcopy(master).bfloat16()
+    routing: list[Tensors] = [{} for _ in batches]
+    gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in master.named_parameters()}
+    whole = case.precision == "fp32" and "noisy" not in case.model  # noise is drawn for each micro-batch
+    parts = [{key: torch.cat([b[key] for b in batches]) for key in batches[0]}] if whole else batches
+    for number, batch in enumerate(parts):
+        with recorded_routing(model, routing[number]):
+            torch.manual_seed(100 + number)
+            model(**move_to_device(batch, device), num_items_in_batch=num_targets).loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] += parameter.grad
+        model.zero_grad()
+    optimizer = build_optimizer(master, run.optim)
+    for name, parameter in master.named_parameters():
+        parameter.grad = gradients[name].clone()
+    norm = float(torch.nn.utils.clip_grad_norm_(master.parameters(), run.optim.gradient_clipping))
+    optimizer.step()
+    weights = {name: p.detach().cpu() for name, p in master.named_parameters()}
+    updates = {name: weight - before[name].cpu() for name, weight in weights.items()}
+    return Reference({name: g.cpu() for name, g in gradients.items()}, weights, updates, norm, routing)
+
+
+@contextlib.contextmanager
+def recorded_routing(model: nn.Module, into: Tensors) -> Iterator[None]:
+    """Inside: every router's chosen experts go into `into`, by the router's name."""
+
+    def record(name: str):
+        return lambda module, inputs, choice: into.__setitem__(name, choice.indices)
+
+    handles = [router.register_forward_hook(record(name)) for name, router in named_routers(model)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMoE):
+            yield f"{name}.gate", module.gate
+
+
+def prepare_forwards(engine, own: list[Tensors], first: int, replay: bool) -> None:
+    """From now on, before each forward: the generator of its micro-batch, and with `replay` its recorded routing."""
+    numbers = itertools.count()
+    current: Tensors = {}
+
+    def begin(module: nn.Module, inputs: tuple) -> None:
+        number = next(numbers)
+        torch.manual_seed(100 + first + number)
+        current.update(own[number])
+
+    def replayed(name: str):
+        return lambda module, inputs, options: (inputs, {**options, "indices": current[name]})
+
+    engine.module.register_forward_pre_hook(begin)
+    for name, router in named_routers(engine.module) if replay else ():
+        router.register_forward_pre_hook(replayed(name), with_kwargs=True)
+
+
+def run_case(case: Case, disturb: Callable[[nn.Module], None] | None = None) -> Result:
+    """Compare one step. Every rank calls this and gets the same result.
+
+    Args:
+        disturb: called with the engine's module before the step; a test plants a wrong gradient with it.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    batches = build_batches(world * case.accumulation)
+    num_targets = sum(int((b["shift_labels"] != -100).sum()) for b in batches)
+    run, values = run_config(case, world)
+    reference = plain_torch(case, batches, num_targets, run)
+    engine = build_engine(build_toy(case), run, values)
+    if disturb is not None:
+        disturb(engine.module)
+    first = rank * case.accumulation
+    own = slice(first, first + case.accumulation)
+    prepare_forwards(engine, reference.routing[own], first, replay=case.precision == "bf16")
+    gradients: Tensors = {}
+    result = run_step(
+        engine,
+        [move_to_device(b, engine.device) for b in batches[own]],
+        num_targets,
+        LEARNING_RATE,
+        before_update=lambda: gradients.update(read_tensors(engine, "gradient")),
+    )
+    weights = read_tensors(engine, "weight")
+    engine.destroy()
+    return Result(
+        worst_error(gradients, reference.gradients, reference.gradients),
+        worst_error(weights, reference.weights, reference.updates, rounding=torch.finfo(torch.float32).eps),
+        abs(result.grad_norm - reference.norm) / reference.norm,
+    )
+
+
+def read_tensors(engine, kind: str) -> Tensors:
+    return {name: tensor.clone() for name, _, tensor in read_full_state(engine, (kind,))}
+
+
+def worst_error(found: Tensors, expected: Tensors, scales: Tensors, rounding: float = 0.0) -> tuple[float, str]:
+    """The largest error over parameters, and whose it is; infinite where a parameter is missing or extra.
+
+    Args:
+        scales: whose largest entry an error is divided by.
+        rounding: part of the expected value that is no error.
+    """
+    if found.keys() != expected.keys():
+        return float("inf"), sorted(found.keys() ^ expected.keys())[0]
+    errors = []
+    for name, tensor in expected.items():
+        error = float(((found[name] - tensor).abs() - rounding * tensor.abs()).clamp(min=0).max())
+        errors.append((0.0 if error == 0 else error / max(float(scales[name].abs().max()), 1e-12), name))
+    return max(errors, key=lambda item: (math.isnan(item[0]), item[0]))

@@ -1,0 +1,202 @@
+"""Experts shared out among two ranks: the same losses as plain torch, bitwise resume, and resume with another backend.
+
+Two starts of two ranks and one of one rank: in the first every case runs straight through; in the second, new
+processes, copies of what was left half-way go on, with the same backend or another; in the third on one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm.interop import native_family, to_transformers
+from minillm.interop.convert import load_as_minillm
+from minillm.presets import PRESETS
+from tests.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
+from tests.toy_presets import toy_fields
+
+STEPS, HALF = 6, 3
+FP32 = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
+_BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+BF16 = {stage: {**_BF16, "zero_optimization": {"stage": stage}} for stage in (2, 3)}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+CHECKPOINTED = {"train.gradient_checkpointing": True}
+GATED = ["mixtral-mini", "qwen3-moe-mini", "deepseek-v3-mini", "qwen3-next-mini"]
+# name -> (preset, DeepSpeed's JSON, backend, expert-parallel size, other settings)
+Runs = dict[str, tuple[str, dict, str, int, dict]]
+STRAIGHT: Runs = {
+    **{f"{p}-torch": (p, FP32[2], "torch", 1, {}) for p in (*GATED, "moe-876m")},
+    **{f"{p}-deepspeed": (p, FP32[2], "deepspeed", 2, {}) for p in (*GATED, "moe-876m")},
+    **{f"{p}-autoep": (p, FP32[3], "autoep", 2, {}) for p in GATED},
+    "mixtral-mini-deepspeed-one": ("mixtral-mini", FP32[1], "deepspeed", 1, {}),
+    "mixtral-mini-deepspeed-recompute": ("mixtral-mini", FP32[2], "deepspeed", 2, CHECKPOINTED),
+    "mixtral-mini-deepspeed-offload": ("mixtral-mini", OFFLOAD, "deepspeed", 2, {}),
+    "mixtral-mini-autoep-two": ("mixtral-mini", FP32[2], "autoep", 2, {}),
+    "mixtral-mini-autoep-recompute": ("mixtral-mini", FP32[3], "autoep", 2, CHECKPOINTED),
+    "mixtral-mini-autoep-offload": ("mixtral-mini", OFFLOAD, "autoep", 2, {}),
+    "mixtral-mini-bf16-torch": ("mixtral-mini", BF16[2], "torch", 1, {}),
+    "mixtral-mini-bf16-deepspeed": ("mixtral-mini", BF16[2], "deepspeed", 2, {}),
+    "mixtral-mini-bf16-autoep": ("mixtral-mini", BF16[3], "autoep", 2, {}),
+    "mixtral-mini-dropping": (
+        "mixtral-mini", FP32[2], "deepspeed", 2, {"model.moe_capacity_factor": 1.0, "model.moe_min_capacity": 1}
+    ),
+}  # fmt: skip
+# resumed in new processes to the same bits
+SAME = ["mixtral-mini-deepspeed", "mixtral-mini-autoep", "moe-876m-deepspeed", "deepseek-v3-mini-deepspeed",
+        "deepseek-v3-mini-autoep", "mixtral-mini-bf16-deepspeed", "mixtral-mini-bf16-autoep",
+        "mixtral-mini-dropping"]  # fmt: skip
+# (saved by) -> (ZeRO, backend, size) it goes on with
+OTHER = {
+    "deepseek-v3-mini-deepspeed": [(FP32[3], "autoep", 2), (FP32[1], "torch", 1), (FP32[1], "deepspeed", 1)],
+    "deepseek-v3-mini-autoep": [(FP32[2], "deepspeed", 2), (FP32[3], "torch", 1), (FP32[1], "autoep", 1)],
+    "mixtral-mini-torch": [(FP32[2], "deepspeed", 2), (FP32[3], "autoep", 2)],
+}
+ON_ONE_RANK = [("mixtral-mini-deepspeed", "torch"), ("mixtral-mini-autoep", "torch"), ("moe-876m-torch", "deepspeed")]
+
+
+def case(name: str, settings: dict, root: Path, runs: Runs, **changes: object) -> dict:
+    preset, deepspeed, backend, size, extra = runs[name]
+    fields = toy_fields(preset, vocab_size=384, initializer_range=0.06)
+    own = {key: value for key, value in settings.items() if not key.startswith("model.")}
+    own |= {f"model.{field}": value for field, value in fields.items() if not field.endswith("token_id")}
+    own |= {
+        "model.preset": preset, "model.moe_backend": backend, "model.expert_parallel_size": size, **extra,
+        "run_root": str(root), "run_name": name, "train.max_steps": STEPS, "train.train_batch_size": 8,
+        "train.train_micro_batch_size_per_gpu": 2, "optim.warmup_ratio": 0, "optim.lr_schedule": "constant",
+        "validation.every": HALF, "validation.max_sequences": 8, "checkpoint.every": HALF,
+    }  # fmt: skip
+    deepspeed = changes.pop("deepspeed", deepspeed)
+    return {"settings": own | changes, "deepspeed": deepspeed}
+
+
+def start(ranks: int, cases: list[dict], path: Path) -> None:
+    path.write_text(json.dumps(cases))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
+
+
+def half_of(root: Path, name: str, copy: str) -> str:
+    shutil.copytree(root / name, root / copy)
+    shutil.rmtree(root / copy / "checkpoints" / f"step-{STEPS:06d}")
+    return copy
+
+
+def other_name(name: str, backend: str, size: int, stage: int) -> str:
+    return f"{name}-then-{backend}-{size}-zero{stage}"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_settings, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("experts")
+    start(2, [case(name, tiny_settings, root, STRAIGHT) for name in STRAIGHT], root / "first.json")
+    second = []
+    for name in SAME:
+        copy = half_of(root, name, f"{name}-broken")
+        second.append(case(name, tiny_settings, root, STRAIGHT, run_name=copy))
+    for name, others in OTHER.items():
+        for deepspeed, backend, size in others:
+            stage = deepspeed["zero_optimization"]["stage"]
+            copy = half_of(root, name, other_name(name, backend, size, stage))
+            changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": size}
+            second.append(case(name, tiny_settings, root, STRAIGHT, deepspeed=deepspeed, **changes))
+    start(2, second, root / "second.json")
+    third = []
+    for name, backend in ON_ONE_RANK:
+        copy = half_of(root, name, f"{name}-one-rank")
+        changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": 1}
+        third.append(case(name, tiny_settings, root, STRAIGHT, **changes))
+        third[-1]["deepspeed"] = FP32[1]
+    start(1, third, root / "third.json")
+    return root
+
+
+@pytest.mark.parametrize("name", [n for n in STRAIGHT if not n.endswith("torch") and "moe-876m" not in n])
+def test_losses_equal_those_of_experts_in_plain_torch(trained, name):
+    if name.endswith("dropping"):
+        pytest.skip("dropped tokens are another computation: see the test of its own")
+    base = "mixtral-mini-bf16-torch" if "bf16" in name else f"{STRAIGHT[name][0]}-torch"
+    assert len(losses(trained / name)) == STEPS
+    tolerance = 5e-3 if "bf16" in name else 1e-5
+    assert losses(trained / name) == pytest.approx(losses(trained / base), rel=tolerance)
+    if "bf16" not in name:  # where single tokens take another way from step to step
+        norms, expected = ([r["grad_norm"] for r in metrics(trained / n) if "loss" in r] for n in (name, base))
+        assert norms == pytest.approx(expected, rel=1e-4)  # one global norm, every expert in it once
+    one, other = ([r["val_loss"] for r in metrics(trained / n) if "val_loss" in r] for n in (name, base))
+    assert one == pytest.approx(other, rel=tolerance)
+
+
+def test_noisy_routers_train_with_shared_out_experts(trained):
+    """Each rank draws its own noise, the same with either backend."""
+    found, expected = (losses(trained / f"moe-876m-{backend}") for backend in ("deepspeed", "torch"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_break_changes_no_bit(trained, name):
+    assert losses(trained / f"{name}-broken") == losses(trained / name)
+    assert same_bits(checkpoint(trained / f"{name}-broken", STEPS), checkpoint(trained / name, STEPS))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_backend_and_zero_stage_go_on(trained, name):
+    for deepspeed, backend, size in OTHER[name]:
+        copy = other_name(name, backend, size, deepspeed["zero_optimization"]["stage"])
+        assert losses(trained / copy) == pytest.approx(losses(trained / name), rel=1e-5), copy
+        straight, other = checkpoint(trained / name, STEPS), checkpoint(trained / copy, STEPS)
+        assert straight.keys() == other.keys()
+        for key, tensor in straight.items():
+            assert tensor.shape == other[key].shape
+            if key.endswith("e_score_correction_bias"):  # moved by global counts, once a step
+                assert torch.equal(tensor, other[key]) and tensor.any()
+
+
+@pytest.mark.parametrize("name,backend", ON_ONE_RANK)
+def test_one_rank_goes_on(trained, name, backend):
+    # With router noise a rank's draws depend on how many ranks there are.
+    tolerance = 2e-2 if name.startswith("moe-876m") else 1e-5
+    assert losses(trained / f"{name}-one-rank") == pytest.approx(losses(trained / name), rel=tolerance)
+
+
+def test_checkpoints_hold_every_expert_under_one_name(trained):
+    """Whoever ran them, and however they were shared out: the names and shapes of the model in one process."""
+    names = {n: checkpoint(trained / f"mixtral-mini-{n}", STEPS) for n in ("torch", "deepspeed", "autoep")}
+    shapes = {n: {key: tensor.shape for key, tensor in tensors.items()} for n, tensors in names.items()}
+    assert shapes["torch"] == shapes["deepspeed"] == shapes["autoep"]
+    for tensors in names.values():
+        experts = tensors["model.layers.1.mlp.experts.gate_up_proj"]
+        assert experts.shape[0] == PRESETS["mixtral-mini"]["num_experts"]
+        for one in range(len(experts)):
+            for other in range(one):
+                assert not torch.equal(experts[one], experts[other])
+
+
+def test_experts_differ_from_the_first_step_on(trained, tiny_settings):
+    """DeepSpeed's MoE layer copies one expert; ours bring their own weights. Half-way they are far apart."""
+    for backend in ("deepspeed", "autoep"):
+        experts = checkpoint(trained / f"qwen3-moe-mini-{backend}", HALF)["model.layers.0.mlp.experts.down_proj"]
+        distances = torch.pdist(experts.flatten(1))
+        assert distances.min() > 0.5 * experts.flatten(1).norm(dim=1).min()
+
+
+def test_dropping_is_counted_and_changes_the_losses(trained):
+    records = [json.loads(line) for line in (trained / "mixtral-mini-dropping" / "experts.jsonl").open()]
+    assert len(records) == STEPS and all(0 < share < 0.5 for share in records[0]["dropped"])
+    dropless = [json.loads(line) for line in (trained / "mixtral-mini-deepspeed" / "experts.jsonl").open()]
+    assert all(share == 0 for record in dropless for share in record["dropped"])
+    assert losses(trained / "mixtral-mini-dropping") != pytest.approx(losses(trained / "mixtral-mini-torch"), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", GATED)
+@torch.no_grad()
+def test_what_shared_out_experts_learned_exports_to_transformers(trained, preset):
+    """Native class, the same logits, from a checkpoint that AutoEP's ranks wrote; no DeepSpeed on the way."""
+    ours = load_as_minillm(trained / f"{preset}-autoep" / "checkpoints" / f"step-{STEPS:06d}").eval()
+    assert native_family(ours.config)
+    theirs = to_transformers(ours).eval()
+    ids = torch.randint(0, 384, (2, 17), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-4)
