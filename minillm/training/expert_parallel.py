@@ -1,6 +1,6 @@
 """Experts shared out among ranks: put into a model before DeepSpeed sees it, and seen whole again by name.
 
-Contract: which backends are legal is minillm.experts_plan's; this file does what it says. A checkpoint, a gradient
+Contract: which backends are legal is training.moe_backends' to say; here it is done. A checkpoint, a gradient
 comparison and an export know tensors with all E experts (`...mlp.experts.gate_up_proj` [E, 2H, D]); an engine holds the
 shares of its ranks, under names of DeepSpeed's. `whole_parameters` maps one to the other.
 """
@@ -17,8 +17,8 @@ from torch import nn
 
 from minillm.models.capacity import Capacity
 from minillm.models.moe import SparseMoE
+from minillm.models.moe_deepspeed import AutoEPExperts, DeepSpeedExperts
 from minillm.utils import distributed
-from minillm.utils.logging import say
 
 
 def parallelise_experts(
@@ -40,16 +40,10 @@ def parallelise_experts(
     """
     if backend == "torch":
         return
-    # models stays free of DeepSpeed; this is the one place that brings the two together.
-    from minillm.models.moe_deepspeed import AutoEPExperts, DeepSpeedExperts
-
     if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(size)
     rank = distributed.rank() % size
-    sparse = [module for module in model.modules() if isinstance(module, SparseMoE)]
-    total = next(iter(sparse[0].experts.parameters())).shape[0]
-    say(f"experts: {backend}, {total // size} of {total} a layer on each rank, {len(sparse)} sparse layers")
-    for module in sparse:
+    for module in [module for module in model.modules() if isinstance(module, SparseMoE)]:
         if backend == "deepspeed":
             module.experts = DeepSpeedExperts(module.experts, module.gate.top_k, rank, size, capacity)
             module.capacity = capacity

@@ -78,8 +78,6 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
     config = resolve_model_config(run, data)
-    problems = resolve_moe_backend(run, config.fields(), deepspeed_config, distributed.world_size())
-    raise_problems(problems, f"on {distributed.world_size()} rank(s)")
     with run_folder.only_writer(run.run_dir):
         trainer = Trainer(run, data)
         if trainer.is_complete():
@@ -132,6 +130,9 @@ class Trainer:
     def build(self, deepspeed_config: dict, config: MiniLLMConfig) -> None:
         """Everything that takes memory, after everything that can be refused."""
         run = self.config
+        # Again for a preset, which the command line has settled; what init_from names is known only here.
+        problems = resolve_moe_backend(run, config.fields(), deepspeed_config, distributed.world_size())
+        raise_problems(problems, f"on {distributed.world_size()} rank(s)")
         distributed.on_rank_zero(lambda: run_folder.write_settings(run, deepspeed_config, config.to_diff_dict()))
         model = build_model(run, config)
         exact = None
@@ -140,6 +141,9 @@ class Trainer:
         elif self.data.base is not None:
             load_initial_weights(model, self.data.base)
             exact = copy_parameters(model)
+        if run.model.moe_backend != "torch":
+            own = config.num_experts // run.model.expert_parallel_size
+            say(f"experts: {run.model.moe_backend}, {own} of {config.num_experts} of each layer on a rank")
         self.engine = build_engine(model, run, deepspeed_config)
         peak, origin = peak_flops(torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32)
         say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")

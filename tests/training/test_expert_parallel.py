@@ -1,7 +1,8 @@
 """Experts shared out among two ranks: the same losses as plain torch, bitwise resume, and resume with another backend.
 
-Two starts of two ranks and one of one rank: in the first every case runs straight through; in the second, new
-processes, copies of what was left half-way go on, with the same backend or another; in the third on one rank.
+One start of two ranks runs every case straight through; in other starts, new processes, copies of what was left
+half-way go on: on two ranks with the same backend or another, on one rank, and on four, where ranks share experts as
+well as share them out.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ OTHER = {
     "deepseek-v3-mini-autoep": [(FP32[2], "deepspeed", 2), (FP32[3], "torch", 1), (FP32[1], "autoep", 1)],
     "mixtral-mini-torch": [(FP32[2], "deepspeed", 2), (FP32[3], "autoep", 2)],
 }
+ON_FOUR_RANKS = [("mixtral-mini-deepspeed", FP32[2], "deepspeed", 2), ("mixtral-mini-autoep", FP32[3], "autoep", 2),
+                 ("deepseek-v3-mini-torch", FP32[3], "autoep", 4)]  # fmt: skip
 ON_ONE_RANK = [("mixtral-mini-deepspeed", "torch"), ("mixtral-mini-autoep", "torch"), ("moe-876m-torch", "deepspeed")]
 
 
@@ -112,6 +115,12 @@ def trained(tiny_settings, tmp_path_factory) -> Path:
         third.append(case(name, tiny_settings, root, STRAIGHT, **changes))
         third[-1]["deepspeed"] = FP32[1]
     start(1, third, root / "third.json")
+    fourth = []
+    for name, deepspeed, backend, size in ON_FOUR_RANKS:
+        copy = half_of(root, name, f"{name}-four-ranks")
+        changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": size}
+        fourth.append(case(name, tiny_settings, root, STRAIGHT, deepspeed=deepspeed, **changes))
+    start(4, fourth, root / "fourth.json")
     return root
 
 
@@ -160,6 +169,11 @@ def test_one_rank_goes_on(trained, name, backend):
     # With router noise a rank's draws depend on how many ranks there are.
     tolerance = 2e-2 if name.startswith("moe-876m") else 1e-5
     assert losses(trained / f"{name}-one-rank") == pytest.approx(losses(trained / name), rel=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in ON_FOUR_RANKS])
+def test_four_ranks_go_on(trained, name):
+    assert losses(trained / f"{name}-four-ranks") == pytest.approx(losses(trained / name), rel=1e-5)
 
 
 def test_checkpoints_hold_every_expert_under_one_name(trained):
