@@ -44,6 +44,7 @@ class ModelSection(Section):
     moe_capacity_factor: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="moe_backend deepspeed: routes an expert takes in training, over its even share (null: all)",
     )
     moe_min_capacity: int = Field(4, ge=1, description="routes an expert takes at least, with moe_capacity_factor")
@@ -115,6 +116,9 @@ class SamplesSection(Section):
 class CheckpointSection(Section):
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept; the best by val_loss is kept besides")
+    asynchronous: bool = Field(
+        True, description="train on while files are written; rank 0 then holds 12 bytes a parameter in host memory"
+    )
 
 
 class LogSection(Section):
@@ -127,6 +131,22 @@ class LogSection(Section):
     idle_expert_steps: int = Field(
         100, ge=0, description="steps without a token after which an expert is warned of; 0: never"
     )
+
+
+Policy = Literal["stop", "skip", "rollback"]
+
+
+class FaultsSection(Section):
+    on_non_finite: Policy = Field(
+        "stop", description="a loss or gradient that is no number: stop, skip the update, or roll back and go past it"
+    )
+    on_loss_spike: Literal["ignore", "log"] | Policy = Field(
+        "log", description="a loss far above the last ones: nothing, an event, or as on_non_finite"
+    )
+    spike_window: int = Field(64, ge=8, description="steps a spike is measured against; none is seen before as many")
+    spike_deviations: float = Field(10.0, gt=0, description="robust deviations above the window's median")
+    max_recoveries: int = Field(20, ge=0, description="updates skipped and roll-backs before the run stops")
+    timeout: float = Field(1800, gt=0, description="seconds a rank may stand in one place before all stop")
 
 
 class RunConfig(Section):
@@ -145,6 +165,7 @@ class RunConfig(Section):
     samples: SamplesSection = Field(default_factory=SamplesSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
+    faults: FaultsSection = Field(default_factory=FaultsSection)
 
     @property
     def run_dir(self) -> Path:

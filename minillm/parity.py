@@ -20,15 +20,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, metavar="N", help="default: the GPUs of this machine, 2 without")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose text has all of these")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.ranks is not None and arguments.ranks < 1:
+        parser.error(f"--ranks {arguments.ranks}: it must be 1 or more")
+    return arguments
 
 
 def main() -> int:
     arguments = parse_arguments()
-    if "RANK" not in os.environ and not arguments.list:
-        import torch
+    import torch
 
-        ranks = arguments.ranks or torch.cuda.device_count() or 2
+    ranks = arguments.ranks or torch.cuda.device_count() or 2
+    if "RANK" not in os.environ and not arguments.list:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return subprocess.call([sys.executable, *launcher, "-m", "minillm.parity", *sys.argv[1:]])
     from minillm.training.engine import process_group
@@ -38,7 +41,7 @@ def main() -> int:
         return [case for case in legal_cases(world_size) if all(word in str(case) for word in arguments.only)]
 
     if arguments.list:
-        print(*chosen(arguments.ranks or 2), sep="\n")
+        print(*chosen(ranks), sep="\n")
         return 0
     with process_group():
         return compare(chosen(int(os.environ["WORLD_SIZE"])))
@@ -60,8 +63,8 @@ def compare(cases: list) -> int:
         result = run_case(case)
         good = result.within(TOLERANCE[case.precision])
         failed += not good
-        error, name = max(result.gradient, result.weight)
-        worst[case.precision] = max(worst[case.precision], error, result.norm)
+        error, name = result.worst()
+        worst[case.precision] = error if error != error else max(worst[case.precision], error)  # nan stays
         figures = (f"{e:.1e}" for e in (result.gradient[0], result.weight[0], result.norm))
         say(ROW.format(*figures, str(case), "" if good else f"WRONG: {name}"))
     largest = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())

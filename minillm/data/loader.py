@@ -93,6 +93,17 @@ class BatchLoader:
                 f"{'; '.join(self.stream.problems)}. Write the shards again, or raise data.max_bad_samples"
             )
 
+    def places_of(self, step: int) -> list[dict[str, object]]:
+        """Where the sequences of the global batch of `step` are from (SequenceStream.places)."""
+        numbers = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        return self.stream.places(numbers if self.max_sequences is None else numbers[numbers < self.max_sequences])
+
+    def extend(self, num_batches: int) -> None:
+        """Move the end of the stream, where it has one: batches of the next epoch take the place of such left out."""
+        if self.max_sequences is not None:
+            self.max_sequences += num_batches * self._batch_size
+            self._next = None  # it may hold rows that were past the end
+
     def close(self) -> None:
         """Stop the background thread."""
         if self._thread is not None:

@@ -97,6 +97,7 @@ class SequenceStream:
         self._dtype = np.result_type(*(shard.dtype for source in sources for shard in source.shards))
         self._has_loss_mask = any(source.has_loss_mask for source in sources)
         self._block = block_of_weights([source.weight for source in sources])
+        self._names = [source.name for source in sources]
         self._columns = np.arange(seq_len)
         self._located_window = lru_cache(4)(
             lambda window: self._locate_each(np.arange(window * _WINDOW, (window + 1) * _WINDOW))
@@ -152,6 +153,21 @@ class SequenceStream:
             out["lengths"] = lengths
         out["num_bad_rows"] = np.int64(num_bad)
         return out
+
+    def places(self, numbers: np.ndarray) -> list[dict[str, object]]:
+        """Where sequences are from: `source`, `shard` (file name) and `documents`, the first and last in that shard."""
+        found = []
+        for number, row_of_source in zip(*(part.tolist() for part in self._locate(numbers))):
+            if number < 0:
+                continue
+            layout = self._layouts[number]
+            (shard,), (row,) = layout.locate(np.array([row_of_source]))
+            documents = None
+            if shard.open():
+                start, stop = layout.span(shard, row)
+                documents = np.searchsorted(shard.borders, [start, stop - 1], side="right").tolist()
+            found.append({"source": self._names[number], "shard": shard.path.name, "documents": documents})
+        return found
 
     def _inputs_and_labels(self, tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray) -> Rows:
         """Inputs and targets from rows [n, T + 1] of which lengths + 1 tokens are filled."""

@@ -32,16 +32,22 @@ class Capacity(NamedTuple):
         return max(math.ceil(tokens / experts * self.factor * top_k), self.minimum)
 
 
-def limit_capacity(choice: Choice, capacity: Capacity) -> Choice:
+def limit_capacity(choice: Choice, capacity: Capacity, counted: torch.Tensor | None = None) -> Choice:
     """The choice with `kept` false and weight 0 for the routes beyond each expert's capacity.
 
     An expert keeps the routes of largest probability. Where the router makes a token's weights add up to a total, those
     of its kept routes do so again; a token that keeps none gets nothing. Logits, probabilities and indices stay.
+
+    Args:
+        counted: bool, S in all: the tokens that are not padding, whose routes go first; None: all are alike.
     """
     tokens, top_k = choice.indices.shape
     experts = choice.logits.shape[-1]
     chosen = choice.indices.flatten()
-    likely = choice.probabilities.gather(-1, choice.indices).flatten().argsort(descending=True, stable=True)
+    probabilities = choice.probabilities.gather(-1, choice.indices)
+    if counted is not None:
+        probabilities = probabilities - 1.0 * ~counted.reshape(-1, 1)  # behind every real one
+    likely = probabilities.flatten().argsort(descending=True, stable=True)
     expert, by_expert = chosen[likely].sort(stable=True)
     first = torch.searchsorted(expert, torch.arange(experts, device=expert.device))
     place = torch.arange(chosen.shape[0], device=expert.device) - first[expert]  # among its expert's routes

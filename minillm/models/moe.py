@@ -54,7 +54,7 @@ class SparseMoE(nn.Module):
         tokens = x.flatten(0, 1)
         choice = self.gate(tokens)
         if self.capacity is not None and self.training:
-            choice = limit_capacity(choice, self.capacity)
+            choice = limit_capacity(choice, self.capacity, counted)
         indices = choice.indices if choice.kept is None else choice.indices.masked_fill(~choice.kept, -1)
         y = self.experts(tokens, choice.weights, indices).view_as(x)
         if self.shared_expert is not None:

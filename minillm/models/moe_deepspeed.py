@@ -23,7 +23,7 @@ try:
     from deepspeed.moe.ep_count import count_tokens_per_expert
     from deepspeed.moe.layer import MoE
 except ImportError as error:  # chat, export and evaluation go without
-    raise ImportError("experts shared out among ranks need DeepSpeed: pip install deepspeed") from error
+    raise ImportError("experts on several ranks need DeepSpeed 0.19.8: pip install 'deepspeed>=0.19.8'") from error
 
 from minillm.models.capacity import Capacity
 from minillm.models.experts import SwiGLUExperts
@@ -70,7 +70,8 @@ class _GivenRoutes(nn.Module):
         place = torch.arange(chosen.numel(), device=chosen.device) - starts[ordered.clamp(min=0)]
         slots = torch.zeros_like(chosen).index_copy_(0, order, place).masked_fill_(chosen < 0, 0).view_as(indices)
         if self.capacity is not None and self.training:
-            size = torch.tensor(self.capacity.of(indices.shape[0], self.num_experts, indices.shape[1]))
+            limit = self.capacity.of(indices.shape[0], self.num_experts, indices.shape[1])
+            size = torch.tensor(min(limit, indices.shape[0]))  # no expert is chosen twice by a token
         else:
             size = counts.max()
             if self.group is not None and dist.get_world_size(self.group) > 1:
@@ -117,6 +118,7 @@ class DeepSpeedExperts(nn.Module):
         for parameter in experts.parameters():  # not reduced over all ranks, but over those with the same experts
             parameter.allreduce, parameter.group_name = False, self.group_name
 
+    @torch.compiler.disable  # sizes follow the tokens, and ranks talk inside
     def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Tokens [S, D], the weights and indices [S, K] of their experts -> [S, D]."""
         return self.moe(x, (weights, indices))[0]
@@ -172,6 +174,7 @@ class AutoEPExperts(nn.Module):
         self.moe.router = _GivenChoice(total)
         self.group_name = self.moe.ep_group_name
 
+    @torch.compiler.disable  # as above
     def forward(self, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Tokens [S, D], the weights and indices [S, K] of their experts -> [S, D]."""
         self.moe.router.routes = (weights, indices)

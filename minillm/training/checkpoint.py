@@ -3,19 +3,23 @@
 Contract: `step-000500/` holds, by parameter name, fp32 weights (model.safetensors) and AdamW moments
 (optimizer.safetensors), the counters (trainer_state.json), every rank's generators (rng.json), config and tokenizer,
 so that it is a Hugging Face folder too. It is written as `step-000500.tmp/`, synced, listed with sizes and sha256 in
-manifest.json, and renamed. Rank 0 reads and writes files; nothing is pickled. A reader takes the newest folder whose
-manifest holds.
+manifest.json, and renamed. Rank 0 reads and writes files, in the background if asked (CheckpointWriter); nothing is
+pickled. A reader takes the newest folder whose manifest holds.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from itertools import chain
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import GenerationConfig, PretrainedConfig
 
 from minillm.data.tokenizer import save_tokenizer
 from minillm.interop.load import list_checkpoints
@@ -40,6 +44,7 @@ from minillm.utils.seeding import capture_rng, restore_rng, seed_everything
 
 FORMAT = "minillm-checkpoint-1"
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FILES = {WEIGHTS: ("weight",), OPTIMIZER: MOMENTS}
 
 
 def checkpoint_steps(directory: Path) -> dict[int, Path]:
@@ -47,49 +52,175 @@ def checkpoint_steps(directory: Path) -> dict[int, Path]:
     return {int(path.name.removeprefix("step-")): path for path in reversed(list_checkpoints(directory.parent))}
 
 
-def save_checkpoint(directory: Path, engine, state: TrainState, extra: dict[str, object], tokenizer, keep: int) -> Path:
-    """Save step `state.step` and delete what is older than the newest `keep` (the best by val_loss stays).
+class CheckpointWriter:
+    """Saves steps of a run: at once, or on a thread of rank 0 while training goes on.
 
-    Every rank calls this. A failed write (disk full, read-only folder) leaves earlier checkpoints as they were.
+    Every method is called by every rank. At most one checkpoint is being written at a time. A failed write (disk full,
+    read-only folder) leaves earlier checkpoints as they were.
 
     Args:
-        extra: what resume compares and reports (data fingerprint, run id), stored beside the counters.
-
-    Raises:
-        UserError: on every rank, when rank 0 could not write.
+        directory: the run's `checkpoints/`.
+        keep: the newest so many stay, and the best by val_loss besides.
+        asynchronous: copy weights and moments to host memory (rank 0, 12 bytes a parameter), write in the background.
     """
-    final = directory / f"step-{state.step:06d}"
-    temporary = final.with_name(final.name + ".tmp")
+
+    def __init__(self, directory: Path, keep: int, asynchronous: bool):
+        self.directory, self.keep, self.asynchronous = directory, keep, asynchronous
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="minillm-checkpoint") if asynchronous else None
+        self._running: Future[str | None] | None = None
+        self._final: Path | None = None
+
+    def save(self, engine, state: TrainState, extra: dict[str, object], tokenizer) -> float:
+        """Save step `state.step`.
+
+        Args:
+            extra: what resume compares and reports (data fingerprint, run id), stored beside the counters.
+
+        Returns:
+            Seconds for which training stood still.
+
+        Raises:
+            UserError: on every rank, when rank 0 could not write this checkpoint or the one before.
+        """
+        start = time.perf_counter()
+        self.wait()
+        self._final = self.directory / f"step-{state.step:06d}"
+        job = _prepare(self._final, engine, state, extra, tokenizer, self.keep)
+        streams = {file: _tensors(engine, kinds) for file, kinds in FILES.items()}
+        if self._thread is None:
+            problem = job.write(streams) if distributed.rank() == 0 else None
+            for stream in streams.values():  # the other ranks, and rank 0 after a failure: collectives are finished
+                for _ in stream:
+                    pass
+            self._raise(problem)
+        elif distributed.rank() == 0:
+            held = {file: list(stream) for file, stream in streams.items()}
+            self._running = self._thread.submit(job.write, held, time.perf_counter() - start)
+        else:
+            for stream in streams.values():
+                for _ in stream:
+                    pass
+        return time.perf_counter() - start
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a background write has ended in a problem, on rank 0; `wait` then raises it on every rank."""
+        return self._running is not None and self._running.done() and self._running.result() is not None
+
+    def wait(self) -> None:
+        """Until the files are on disk.
+
+        Raises:
+            UserError: on every rank, when they could not be written.
+        """
+        running, self._running = self._running, None
+        if self._thread is not None:
+            self._raise(running.result() if running is not None else None)
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it; no other rank is needed."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _raise(self, problem: str | None) -> None:
+        """Rank 0's problem, on every rank."""
+        problem = distributed.broadcast_object(problem)
+        if problem is None:
+            return
+        steps = list(checkpoint_steps(self.directory))
+        last = f"the last one, step {steps[-1]}, is untouched" if steps else "there is no earlier one"
+        raise UserError(f"checkpoint {self._final} could not be written ({problem}); {last}. Mend that and run again")
+
+
+Stream = Iterable[tuple[str, torch.Tensor]]  # name in the file, fp32 tensor on the CPU
+
+
+@dataclass
+class _Job:
+    """All of a checkpoint but its tensors."""
+
+    final: Path
+    entries: dict[str, dict[str, tuple[int, ...]]]  # file -> name -> shape
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    tokenizer: object
+    state: TrainState
+    trainer_state: dict[str, object]
+    generators: list[dict[str, str]]
+    keep: int
+
+    def write(self, streams: Mapping[str, Stream], stall: float | None = None) -> str | None:
+        """On rank 0: the folder, whole or not at all; then old ones are deleted. Returns what went wrong.
+
+        Args:
+            stall: seconds that training stood still for this, where it goes on meanwhile.
+        """
+        start = time.perf_counter()
+        temporary = self.final.with_name(self.final.name + ".tmp")
+        problem = _attempt(lambda: self._write(temporary, streams))
+        if problem is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return problem
+        seconds = time.perf_counter() - start
+        still = "" if stall is None else f", training stood still for {stall:.1f} s"
+        say(f"saved {os.fspath(self.final)} ({describe_size(self.final)}, written in {seconds:.1f} s{still})")
+        if problem := _attempt(lambda: prune(self.final.parent, self.keep, self.state)):
+            warn(f"old checkpoints in {self.final.parent} could not be deleted: {problem}")
+        return None
+
+    def _write(self, temporary: Path, streams: Mapping[str, Stream]) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.config.save_pretrained(temporary)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(temporary)
+        save_tokenizer(self.tokenizer, temporary)
+        write_json(temporary / "trainer_state.json", self.trainer_state)
+        write_json(temporary / "rng.json", {"ranks": self.generators})
+        checksums = {}
+        for file, stream in streams.items():
+            with SafetensorsWriter(temporary / file, self.entries[file]) as writer:
+                for name, tensor in stream:
+                    writer.write(name, tensor)
+            checksums[file] = writer.sha256
+        list_files(temporary, {"format": FORMAT, "step": self.state.step}, checksums)
+        if self.final.exists():  # a damaged one of the same step, which was passed over at the start
+            remove_directory(self.final)
+        publish_directory(temporary, self.final)
+
+
+def _prepare(final: Path, engine, state: TrainState, extra: dict, tokenizer, keep: int) -> _Job:
     # Generators first: what follows must not change what is stored.
     generators = distributed.gather_objects(capture_rng())
     shapes = {whole.name: tuple(whole.shape) for whole in whole_parameters(engine.module)}
-    problem = None
-    checksums: dict[str, str] = {}
-    if distributed.rank() == 0:
-        problem = _attempt(lambda: _prepare(temporary, engine, state, extra, tokenizer, generators))
-    for file, kinds in ((WEIGHTS, ("weight",)), (OPTIMIZER, MOMENTS)):
-        entries = {_key(kind, name): shape for kind in kinds for name, shape in shapes.items()}
-        tensors = read_full_state(engine, kinds)
-        if file == WEIGHTS:
-            buffers = persistent_buffers(engine.module)
-            entries |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
-            tensors = chain(tensors, ((name, "weight", buffer.float().cpu()) for name, buffer in buffers.items()))
-        if distributed.rank() == 0 and problem is None:
-            problem = _attempt(lambda: _write_tensors(temporary / file, entries, tensors, checksums))  # noqa: B023
-        for _ in tensors:  # the other ranks, and rank 0 after a failure: the collectives have to be finished
-            pass
-    if distributed.rank() == 0 and problem is None:
-        problem = _attempt(lambda: _publish(temporary, final, state, checksums))
-    problem = distributed.broadcast_object(problem)
-    if problem is not None:
-        if distributed.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        steps = list(checkpoint_steps(directory))
-        last = f"the last one, step {steps[-1]}, is untouched" if steps else "there is no earlier one"
-        raise UserError(f"checkpoint {final} could not be written ({problem}); {last}. Mend that and run again")
-    if distributed.rank() == 0 and (problem := _attempt(lambda: prune(directory, keep, state))):
-        warn(f"old checkpoints in {directory} could not be deleted: {problem}")
-    return final
+    buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(engine.module).items()}
+    entries = {
+        file: {_key(kind, name): shape for kind in kinds for name, shape in shapes.items()}
+        for file, kinds in FILES.items()
+    }
+    entries[WEIGHTS] |= buffers
+    scaler = loss_scale_state(engine)
+    scale = {"loss_scale": scaler} if scaler else {}
+    return _Job(
+        final,
+        entries,
+        engine.module.config,
+        engine.module.generation_config,
+        tokenizer,
+        replace(state),
+        {"format": FORMAT, "state": state.as_dict(), **scale, **extra},
+        generators,
+        keep,
+    )
+
+
+def _tensors(engine, kinds: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Collective: every rank goes through it to the end."""
+    for name, kind, tensor in read_full_state(engine, kinds):
+        yield _key(kind, name), tensor
+    if "weight" in kinds:
+        for name, buffer in persistent_buffers(engine.module).items():
+            yield name, buffer.detach().float().cpu().clone()
 
 
 def _attempt(action) -> str | None:
@@ -105,37 +236,10 @@ def _key(kind: str, name: str) -> str:
     return name if kind == "weight" else f"{kind}.{name}"
 
 
-def _prepare(temporary: Path, engine, state: TrainState, extra: dict, tokenizer, generators: list) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    engine.module.config.save_pretrained(temporary)
-    if engine.module.generation_config is not None:
-        engine.module.generation_config.save_pretrained(temporary)
-    save_tokenizer(tokenizer, temporary)
-    scaler = loss_scale_state(engine)
-    scale = {"loss_scale": scaler} if scaler else {}
-    write_json(temporary / "trainer_state.json", {"format": FORMAT, "state": state.as_dict(), **scale, **extra})
-    write_json(temporary / "rng.json", {"ranks": generators})
-
-
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers a saved model carries: the balancing biases of routers."""
     saved = model.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
-
-
-def _write_tensors(path: Path, entries: dict, tensors, checksums: dict[str, str]) -> None:
-    with SafetensorsWriter(path, entries) as writer:
-        for name, kind, tensor in tensors:
-            writer.write(_key(kind, name), tensor)
-    checksums[path.name] = writer.sha256
-
-
-def _publish(temporary: Path, final: Path, state: TrainState, checksums: dict[str, str]) -> None:
-    list_files(temporary, {"format": FORMAT, "step": state.step}, checksums)
-    if final.exists():  # a damaged one of the same step, which was passed over at the start
-        remove_directory(final)
-    publish_directory(temporary, final)
 
 
 def prune(directory: Path, keep: int, state: TrainState) -> None:
@@ -225,7 +329,3 @@ def seed_rank(seed: int, step: int) -> None:
 def describe_size(path: Path) -> str:
     """Size of a checkpoint folder in MB, for the log."""
     return f"{sum(p.stat().st_size for p in path.iterdir() if p.is_file()) / 1e6:.0f} MB"
-
-
-def announce(path: Path, seconds: float) -> None:
-    say(f"saved {os.fspath(path)} ({describe_size(path)}, {seconds:.1f} s)")

@@ -45,10 +45,16 @@ ZERO_KEYS = [
     "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
     "memory_efficient_linear", "log_trace_cache_warnings", "leaf_module",
 ]  # fmt: skip
-EXPERT_PARALLEL_KEYS = [
-    "enabled", "autoep_size", "use_grouped_mm", "disable_triton_grouped_mm", "combine_impl", "row_weighting_impl",
-    "gate_up_impl", "async_split_plan", "comm_backend", "comm_num_sm", "comm_qp_margin", "comm_max_tokens_per_rank",
-]  # fmt: skip
+# AutoEP's own, with their values; what it knows of routing is the model's here, and DeepEP is not supported.
+EXPERT_PARALLEL = {
+    "enabled": (True, False),
+    "autoep_size": ("auto", *range(1, 1025)),
+    "use_grouped_mm": (True, False),
+    "disable_triton_grouped_mm": (True, False),
+    "combine_impl": ("auto", "weighted_sum", "fused_weighted_sum", "legacy_bmm"),
+    "gate_up_impl": ("separate", "fused"),
+    "async_split_plan": (True, False),
+}
 PRECISION_KEYS = {
     "bf16": ["enabled", "immediate_grad_update", "check_grad_overflow"],
     "fp16": ["enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
@@ -150,7 +156,7 @@ def check_keys(values: dict[str, Any], where: str) -> list[str]:
             problems.append(f"{where}: {key} was removed from DeepSpeed (0.19); remove it here")
         elif key not in TOP_LEVEL_KEYS:
             problems.append(f"{where}: {key} is not a DeepSpeed key{nearest(key, TOP_LEVEL_KEYS)}")
-    sections = {"zero_optimization": ZERO_KEYS, "expert_parallel": EXPERT_PARALLEL_KEYS, **PRECISION_KEYS}
+    sections = {"zero_optimization": ZERO_KEYS, "expert_parallel": EXPERT_PARALLEL, **PRECISION_KEYS}
     for name, keys in sections.items():
         inner = section(values, name)
         if not isinstance(inner, dict):
@@ -164,7 +170,13 @@ def check_keys(values: dict[str, Any], where: str) -> list[str]:
                 )
             elif key not in keys:
                 problems.append(f"{where}: {name}.{key} is not a DeepSpeed key{nearest(key, keys)}")
-            elif value == "auto" and key != "autoep_size":
+            elif name == "expert_parallel":
+                valid = EXPERT_PARALLEL[key]
+                if not any(value == one and type(value) is type(one) for one in valid):
+                    names = json.dumps(valid)[1:-1]
+                    rule = '"auto" or a number of ranks' if key == "autoep_size" else f"one of {names}"
+                    problems.append(f"{where}: expert_parallel.{key} = {json.dumps(value)}: must be {rule}")
+            elif value == "auto":
                 problems.append(f"{where}: {name}.{key}: only batch sizes, accumulation and clipping may be \"auto\"")
     return problems
 
@@ -199,38 +211,3 @@ def check_precision(values: dict[str, Any], where: str) -> list[str]:
     if section(zero, "offload_param").get("device", "none") != "none" and stage != 3:
         problems.append(f"{where}: zero_optimization.offload_param needs stage 3")
     return problems
-
-
-def model_state_bytes(
-    num_parameters: int, values: dict[str, Any], world_size: int, routed: int = 0, expert_parallel_size: int = 1
-) -> dict[str, int]:
-    """Bytes a GPU holds for weights, gradients and optimizer (ZeRO, arXiv:1910.02054, section 3); no activations.
-
-    Offloaded parts count under `host`. Gradients are counted in the type they add up in.
-
-    Args:
-        routed: those of num_parameters that are experts: a GPU has one part in expert_parallel_size of them, and ZeRO
-            shares that out among the GPUs with the same experts.
-    """
-    shared = _state_bytes(num_parameters - routed, values, world_size)
-    experts = _state_bytes(routed // expert_parallel_size, values, world_size // expert_parallel_size)
-    return {part: shared[part] + experts[part] for part in shared}
-
-
-def _state_bytes(num_parameters: int, values: dict[str, Any], world_size: int) -> dict[str, int]:
-    stage, low = zero_stage(values), 4 if precision(values) == "fp32" else 2
-    since = {"optimizer": 1, "gradients": 2, "weights": 3}
-    share = {name: world_size if stage >= first else 1 for name, first in since.items()}
-    fp32_gradients = section(values, "data_types").get("grad_accum_dtype") == "fp32"
-    master_and_moments = 8 if precision(values) == "fp32" and stage == 0 else 12
-    parts = {
-        "weights": low * num_parameters // share["weights"],
-        "gradients": (4 if fp32_gradients else low) * num_parameters // share["gradients"],
-        "optimizer": master_and_moments * num_parameters // share["optimizer"],
-        "host": 0,
-    }
-    zero = section(values, "zero_optimization")
-    for key, part in (("offload_optimizer", "optimizer"), ("offload_param", "weights")):
-        if section(zero, key).get("device", "none") == "cpu":
-            parts["host"], parts[part] = parts["host"] + parts[part], 0
-    return parts

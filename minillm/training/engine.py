@@ -23,7 +23,8 @@ from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
 from minillm.config import RunConfig
 from minillm.models.capacity import Capacity
-from minillm.training.expert_parallel import parallelise_experts
+from minillm.training.deepspeed_config import precision
+from minillm.training.expert_parallel import forget_groups, parallelise_experts
 from minillm.training.optim import build_optimizer
 from minillm.training.zero_state import base_optimizer, dynamic_loss_scaler, link_optimizer_states, loss_scale_state
 from minillm.utils import distributed
@@ -53,6 +54,14 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not a finite number, on any rank; raised on all of them, before the update."""
 
 
+class RejectedLossError(Exception):
+    """`accept` said no to an update; `loss` is the global batch's."""
+
+    def __init__(self, loss: float):
+        super().__init__(f"the loss is {loss:.4f}")
+        self.loss = loss
+
+
 @contextlib.contextmanager
 def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Open the process group (nccl on GPUs, gloo on CPUs) and close it whatever happens.
@@ -79,6 +88,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     finally:
         # Without it, about one gloo run in ten aborts at exit.
         dist.destroy_process_group()
+        forget_groups()
         for name in alone:
             del os.environ[name]
 
@@ -100,7 +110,9 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
     capacity = None
     if run.model.moe_capacity_factor is not None:
         capacity = Capacity(run.model.moe_capacity_factor, run.model.moe_min_capacity)
-    options = deepspeed_config.get("expert_parallel") or {}
+    options = dict(deepspeed_config.get("expert_parallel") or {})
+    if precision(deepspeed_config) == "fp32":  # its grouped products know bf16, or round to TF32 (RTX 3090)
+        options.setdefault("use_grouped_mm", False)
     parallelise_experts(
         model, run.model.moe_backend, run.model.expert_parallel_size, capacity=capacity, options=options
     )
@@ -133,6 +145,7 @@ def run_step(
     num_target_tokens: int,
     learning_rate: float,
     before_update: Callable[[], None] | None = None,
+    accept: Callable[[float], bool] | None = None,
 ) -> StepResult:
     """One optimizer step.
 
@@ -144,15 +157,17 @@ def run_step(
         num_target_tokens: target tokens of the global batch (all ranks, all micro-batches).
         learning_rate: of this step, for every group.
         before_update: called when the gradients are complete, on every rank.
+        accept: asked before the last backward pass whether to update, with the global loss (finite). With it the
+            engine is fit for another step after an error below; it costs one wait for the loss.
 
     Raises:
-        NonFiniteError: on every rank, with weights and moments as they were.
+        NonFiniteError, RejectedLossError: on every rank, with weights and moments as they were.
     """
     for group in base_optimizer(engine).param_groups:
         group["lr"] = learning_rate
     while True:
         scale = loss_scale_state(engine)
-        result = _attempt_step(engine, micro_batches, num_target_tokens, before_update)
+        result = _attempt_step(engine, micro_batches, num_target_tokens, before_update, accept)
         if not getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
             return result
         if scale is None or scale["cur_scale"] <= dynamic_loss_scaler(engine).min_scale:
@@ -160,32 +175,71 @@ def run_step(
 
 
 def _attempt_step(
-    engine, micro_batches: list[MicroBatch], num_target_tokens: int, before_update: Callable[[], None] | None
+    engine,
+    micro_batches: list[MicroBatch],
+    num_target_tokens: int,
+    before_update: Callable[[], None] | None,
+    accept: Callable[[float], bool] | None,
 ) -> StepResult:
     scale = distributed.world_size()  # DeepSpeed averages over the ranks; the loss is already divided by all tokens
     losses: dict[str, torch.Tensor] = {}
     routing: dict[str, torch.Tensor] = {}
+    problem = None
     for number, batch in enumerate(micro_batches, 1):
         output = engine(**batch, num_items_in_batch=num_target_tokens)
-        engine.backward(output.loss * scale, scale_wrt_gas=False)
         losses = _add(losses, {"total": output.loss, **output.losses})
         routing = _add(routing, output.routing or {})
+        factor = scale
+        if accept is not None and number == len(micro_batches):
+            losses, routing = _sum_over_ranks(losses, routing)
+            problem = _judge(losses, accept)
+            # Gradients that are no numbers make DeepSpeed leave the update out and clear what has been added up.
+            factor = scale if problem is None else math.nan
+        engine.backward(output.loss * factor, scale_wrt_gas=False)
         if number < len(micro_batches):
             engine.step()
-    losses, routing = _sum_over_ranks(losses, routing)
-    losses = {name: float(value) for name, value in losses.items()}
-    total, loss = losses.pop("total"), losses.pop("cross_entropy")
-    if not math.isfinite(total):
-        parts = "".join(f", {name} {value}" for name, value in losses.items())
-        raise NonFiniteError(f"the loss is {total} (cross-entropy {loss}{parts})" if losses else f"the loss is {total}")
+    if accept is None:
+        losses, routing = _sum_over_ranks(losses, routing)
+        problem = _judge(losses)
     norm = plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
-    if norm is not None and not math.isfinite(norm):
-        raise NonFiniteError(f"the loss is {loss:.4f}, but the gradient norm is {norm}")
+    losses = {name: float(value) for name, value in losses.items()}
+    del losses["total"]
+    loss = losses.pop("cross_entropy")
+    if problem is None and norm is not None and not math.isfinite(norm):
+        problem = NonFiniteError(f"the loss is {loss:.4f}, but the gradient norm is {norm}")
+    if problem is not None:
+        if accept is not None:
+            _drop_update(engine)
+        raise problem
     if before_update is not None:
         before_update()
     engine.step()
     norm = float(engine.get_global_grad_norm()) if norm is None else norm
     return StepResult(loss, losses, norm, routing or None)
+
+
+def _judge(losses: dict[str, torch.Tensor], accept: Callable[[float], bool] | None = None) -> Exception | None:
+    """What speaks against an update by the global losses."""
+    values = {name: float(value) for name, value in losses.items()}
+    total, loss = values.pop("total"), values.pop("cross_entropy")
+    if not math.isfinite(total):
+        parts = "".join(f", {name} {value}" for name, value in values.items())
+        whole = f" (cross-entropy {loss}{parts})" if values else ""
+        return NonFiniteError(f"the loss is {total}{whole}")
+    if accept is not None and not accept(loss):
+        return RejectedLossError(loss)
+    return None
+
+
+def _drop_update(engine) -> None:
+    """Forget the gradients of a step whose last backward pass made them nan."""
+    if engine.zero_optimization_stage() == 0:  # DeepSpeed would apply them
+        engine.module.zero_grad(set_to_none=True)
+        engine.micro_steps += 1
+        return
+    engine.step()
+    if not engine.optimizer.overflow:
+        raise RuntimeError("DeepSpeed applied a gradient that is no number")
 
 
 def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

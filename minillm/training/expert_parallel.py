@@ -51,6 +51,13 @@ def parallelise_experts(
             module.experts = AutoEPExperts(module.experts, module.gate.top_k, rank, size, options or {})
 
 
+def forget_groups() -> None:
+    """DeepSpeed keeps expert-parallel groups by name when the process group they belong to is gone."""
+    for table in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        for name in (table, f"{table}_RANKS"):
+            getattr(groups, name).clear()
+
+
 @dataclass(frozen=True)
 class WholeParameter:
     """One parameter as a checkpoint knows it.

@@ -6,7 +6,9 @@ Every number that outlives a step is in TrainState. A batch is a function of (se
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -37,20 +39,30 @@ from minillm.training.build import (
     resolve_model_config,
 )
 from minillm.training.deepspeed_config import precision
-from minillm.training.engine import NonFiniteError, build_engine, move_to_device, process_group, run_step
+from minillm.training.engine import (
+    NonFiniteError,
+    RejectedLossError,
+    build_engine,
+    move_to_device,
+    process_group,
+    run_step,
+)
 from minillm.training.engine import warm_up as warm_up_engine
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
 from minillm.training.moe_backends import resolve_moe_backend
 from minillm.training.optim import learning_rate_at
 from minillm.training.plots import draw_experts, draw_loss
+from minillm.training.recovery import RollBack, SkippedBatches, record_event, spike_threshold
 from minillm.training.signals import StopRequest
 from minillm.training.state import TrainState
 from minillm.training.trackers import NoTracker, Tracker
 from minillm.training.validation import sample, validate
+from minillm.training.watch import HUNG, Watch
 from minillm.training.zero_state import write_full_state
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say, warn
+from minillm.utils.seeding import capture_rng, restore_rng
 
 
 def train(run: RunConfig, deepspeed_config: dict) -> int:
@@ -78,25 +90,35 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
     config = resolve_model_config(run, data)
-    with run_folder.only_writer(run.run_dir):
-        trainer = Trainer(run, data)
-        if trainer.is_complete():
-            return 0
-        try:
-            trainer.build(deepspeed_config, config)
-            code = trainer.run_to_end(stop)
-        except BaseException:
-            trainer.close(exit_code=1)
-            raise
-        trainer.close(code)
-        return code
+    with run_folder.only_writer(run.run_dir), contextlib.closing(Watch(run.faults.timeout)) as watch:
+        while True:
+            trainer = Trainer(run, data, watch)
+            if trainer.is_complete():
+                return 0
+            try:
+                trainer.build(deepspeed_config, config)
+                code = trainer.run_to_end(stop)
+            except RollBack:
+                trainer.close(0)
+                trainer.engine.destroy()
+                continue
+            except BaseException as error:
+                lost = None if isinstance(error, UserError) else watch.explain()
+                trainer.close(exit_code=1)
+                if lost is not None:
+                    print(f"error (rank {distributed.rank()}): {lost}", file=sys.stderr, flush=True)
+                    raise SystemExit(HUNG) from error
+                raise
+            trainer.close(code)
+            return code
 
 
 class Trainer:
     """What one start of a run holds."""
 
-    def __init__(self, run: RunConfig, data: Data):
-        self.config, self.data = run, data
+    def __init__(self, run: RunConfig, data: Data, watch: Watch):
+        self.config, self.data, self.watch = run, data, watch
+        self.watch.at("opening checkpoint and data")
         self.checkpoints = run.run_dir / "checkpoints"
         self.source: Path | None = distributed.on_rank_zero(lambda: newest_checkpoint(run.run_dir))
         self.source = distributed.broadcast_object(self.source)
@@ -104,6 +126,11 @@ class Trainer:
         self.loader = build_loader(run, data.train, num_epochs=run.train.num_epochs)
         self.validation = build_validation_loaders(run, data.validation)
         self.max_steps = run.train.max_steps or self.loader.num_steps
+        self.skipped = SkippedBatches(run.run_dir)
+        self.loader.extend(self.skipped.num_batches)
+        keep, asynchronous = run.checkpoint.keep, run.checkpoint.asynchronous
+        self.writer = checkpoint.CheckpointWriter(self.checkpoints, keep, asynchronous)
+        self.stall: float | None = None  # of the last save, until it is logged
         self.token_bytes = torch.from_numpy(token_byte_lengths(data.tokenizer))
         self.tracker: Tracker | NoTracker = NoTracker()
 
@@ -130,6 +157,7 @@ class Trainer:
     def build(self, deepspeed_config: dict, config: MiniLLMConfig) -> None:
         """Everything that takes memory, after everything that can be refused."""
         run = self.config
+        self.watch.at("building the model")
         # Again for a preset, which the command line has settled; what init_from names is known only here.
         problems = resolve_moe_backend(run, config.fields(), deepspeed_config, distributed.world_size())
         raise_problems(problems, f"on {distributed.world_size()} rank(s)")
@@ -141,7 +169,7 @@ class Trainer:
         elif self.data.base is not None:
             load_initial_weights(model, self.data.base)
             exact = copy_parameters(model)
-        if run.model.moe_backend != "torch":
+        if "sparse" in config.mlp_layer_types:
             own = config.num_experts // run.model.expert_parallel_size
             say(f"experts: {run.model.moe_backend}, {own} of {config.num_experts} of each layer on a rank")
         self.engine = build_engine(model, run, deepspeed_config)
@@ -151,12 +179,18 @@ class Trainer:
         self.state = self.warm_up_and_restore(exact)
         self.saved_step = self.state.step if self.source is not None else None
         self.tracker = distributed.on_rank_zero(lambda: Tracker(run, self.state.step)) or self.tracker
+        self.event("started", step=self.state.step, checkpoint=str(self.source or ""), ranks=distributed.world_size())
 
     def warm_up_and_restore(self, exact_weights: dict[str, torch.Tensor] | None) -> TrainState:
         """One step at learning rate 0, then the checkpoint's state, or a clean one."""
         batch = self.loader.batch_at(0)
         start = time.perf_counter()
-        warm_up_engine(self.engine, [move_to_device(b, self.engine.device) for b in batch.micro_batches])
+        self.watch.at("the warm-up step")
+        try:
+            warm_up_engine(self.engine, [move_to_device(b, self.engine.device) for b in batch.micro_batches])
+        except NonFiniteError as error:
+            fix = "move that folder away to go on from an older one" if self.source else "choose other weights"
+            raise NonFiniteError(f"the weights of {self.source or self.data.base} are ruined: {error}; {fix}") from error
         say(f"warm-up step: {time.perf_counter() - start:.1f} s")
         if self.source is not None:
             state = checkpoint.restore_training(self.engine, self.source, self.config.seed)
@@ -178,7 +212,8 @@ class Trainer:
         while state.step < self.max_steps:
             if signal := self.begin_step(stop):
                 return self.leave_early(signal)
-            self.step()
+            if not self.step():
+                continue
             if due(state.step, run.log.every, self.max_steps) or due(state.step, run.validation.every, self.max_steps):
                 self.log(validated=due(state.step, run.validation.every, self.max_steps))
             if run.samples.every and due(state.step, run.samples.every, self.max_steps):
@@ -189,11 +224,14 @@ class Trainer:
         return 0
 
     def begin_step(self, stop: StopRequest) -> int:
-        """Load the next batch; agree on its target tokens, on unreadable rows and on signals."""
+        """Load the next batch; agree on its target tokens, on unreadable rows, on signals and a failed checkpoint."""
         self.meter.start_step()
-        self.batch = self.loader.batch_at(self.state.step)
+        self.watch.at(f"step {self.state.step + 1}, loading its batch")
+        self.batch = self.loader.batch_at(self.skipped.batch_of(self.state.step))
         tokens, bad = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
-        (number,) = distributed.reduce_max([stop.number])
+        number, failed = distributed.reduce_max([stop.number, self.writer.has_failed])
+        if failed:
+            self.writer.wait()
         self.num_target_tokens = int(tokens)
         self.state.bad_rows += int(bad)
         if self.state.bad_rows > self.config.data.max_bad_samples:
@@ -204,24 +242,85 @@ class Trainer:
             )
         return int(number)
 
-    def step(self) -> None:
-        """Forward, backward and update over the global batch."""
-        state = self.state
+    def step(self) -> bool:
+        """Forward, backward and update over the global batch; False where it was left out."""
+        state, faults = self.state, self.config.faults
+        self.watch.at(f"step {state.step + 1}")
         self.lr = learning_rate_at(state.step, self.max_steps, self.config.optim)
         batches = [move_to_device(b, self.engine.device) for b in self.batch.micro_batches]
+        limit = spike_threshold(state.recent_losses, faults.spike_window, faults.spike_deviations)
+        # Only a skipped update has to be judged before it; the question costs a wait.
+        accept = (lambda loss: limit is None or loss <= limit) if faults.on_loss_spike == "skip" else None
+        if accept is None and faults.on_non_finite == "skip":
+            accept = lambda loss: True  # noqa: E731
+        generators = capture_rng() if accept is not None else None
         try:
-            self.result = run_step(self.engine, batches, max(1, self.num_target_tokens), self.lr)
+            self.result = run_step(
+                self.engine, batches, max(1, self.num_target_tokens), self.lr, accept=accept
+            )
         except NonFiniteError as error:
-            last = "none" if self.saved_step is None else f"step {self.saved_step}"
-            raise NonFiniteError(
-                f"step {state.step + 1}: {error}. Nothing was updated; the last checkpoint is {last}. "
-                f"Lower optim.learning_rate or optim.gradient_clipping"
-            ) from error
+            if generators is not None:  # a start that knows of this batch does not draw for it
+                restore_rng(generators)
+            return self.recover("non_finite", str(error), faults.on_non_finite)
+        except RejectedLossError as error:
+            restore_rng(generators)
+            return self.recover("loss_spike", f"{error}, above {limit:.4f}", "skip", loss=error.loss, limit=limit)
+        if limit is not None and self.result.loss > limit and faults.on_loss_spike != "ignore":
+            found = {"loss": self.result.loss, "limit": limit}
+            if not self.recover("loss_spike", f"the loss is {found['loss']:.4f}, above {limit:.4f}",
+                                faults.on_loss_spike, **found):  # fmt: skip
+                return False
+        state.record_loss(self.result.loss, faults.spike_window)
         if self.result.routing is not None:
             self.balance_experts(self.result.routing["counts"])
         state.step += 1
         state.tokens += self.num_target_tokens
         state.train_seconds += self.meter.end_step(self.num_target_tokens)
+        return True
+
+    def recover(self, event: str, problem: str, policy: str, **details: float) -> bool:
+        """What the policy says of a step whose loss or gradient is bad; True where training goes on as if it were not.
+
+        Raises:
+            NonFiniteError, UserError: the run stops here, with its last checkpoint.
+            RollBack: it goes on from there, past the batches since.
+        """
+        step, batch = self.state.step + 1, self.skipped.batch_of(self.state.step)
+        self.event(event, step=step, batch=batch, problem=problem, policy=policy, **details,
+                   documents=self.loader.places_of(batch))  # fmt: skip
+        if policy == "log":
+            self.warn(f"step {step}: {problem}; see events.jsonl")
+            return True
+        last = "none" if self.saved_step is None else f"step {self.saved_step}"
+        if policy == "stop":
+            kind = NonFiniteError if event == "non_finite" else UserError
+            raise kind(
+                f"step {step}: {problem}. Nothing was updated; the last checkpoint is {last}. Lower "
+                f"optim.learning_rate or optim.gradient_clipping, or set faults.on_{event}"
+            )
+        if self.skipped.occasions >= self.config.faults.max_recoveries:
+            raise UserError(
+                f"step {step}: {problem}, for the {self.skipped.occasions + 1}. time; faults.max_recoveries = "
+                f"{self.config.faults.max_recoveries}. The last checkpoint is {last}"
+            )
+        if policy == "skip":
+            self.skipped.add(batch, batch)
+            self.loader.extend(1)
+            self.warn(f"step {step}: {problem}; batch {batch} is left out")
+            return False
+        self.writer.wait()
+        first = self.skipped.batch_of(self.saved_step or 0)
+        self.skipped.add(first, batch)
+        self.warn(f"step {step}: {problem}; back to {last}, past batches {first} to {batch}")
+        raise RollBack
+
+    def event(self, event: str, **details: object) -> None:
+        """A line of events.jsonl."""
+        distributed.on_rank_zero(lambda: record_event(self.config.run_dir, event, **details))
+
+    def warn(self, message: str) -> None:
+        if distributed.rank() == 0:
+            warn(message)
 
     def balance_experts(self, counts: torch.Tensor) -> None:
         """Move the routers' biases, and warn of experts that get nothing."""
@@ -230,8 +329,8 @@ class Trainer:
         before, state.expert_idle_steps = state.expert_idle_steps, count_idle_steps(state.expert_idle_steps, counts)
         every = self.config.log.idle_expert_steps
         warning = idle_warning(before, state.expert_idle_steps, every, sparse_layers(config), config)
-        if warning and distributed.rank() == 0:
-            warn(f"step {state.step + 1}: {warning}")
+        if warning:
+            self.warn(f"step {state.step + 1}: {warning}")
 
     def log(self, validated: bool) -> None:
         """One record a step: training, and validation where it is due."""
@@ -247,6 +346,8 @@ class Trainer:
         if self.result.routing is not None:
             experts = experts_record(self.result.routing, sparse_layers(self.engine.module.config))
             record |= summary(experts)
+        if self.stall is not None:
+            record["checkpoint_stall_s"], self.stall = round(self.stall, 3), None
         if self.state.bad_rows:
             record["bad_rows"] = self.state.bad_rows
         if self.meter.line_is_due(self.state.step) or validated:
@@ -257,7 +358,8 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         start = time.perf_counter()
-        record = validate(self.engine, self.validation, self.token_bytes, self.config.data.max_bad_samples)
+        max_bad_rows = self.config.data.max_bad_samples
+        record = validate(self.engine, self.validation, self.token_bytes, max_bad_rows, progress=self.watch.at)
         self.state.record_validation(record["val_loss"])
         sources = "".join(f", {name[9:]} {value:.4f}" for name, value in record.items() if name.startswith("val_loss/"))
         say(
@@ -267,6 +369,7 @@ class Trainer:
         return record
 
     def sample(self) -> None:
+        self.watch.at(f"samples after step {self.state.step}")
         section = self.config.samples
         chat = self.config.stage == "sft"
         texts = sample(self.engine, self.data.tokenizer, section.prompts, section.max_new_tokens, chat)
@@ -275,19 +378,18 @@ class Trainer:
             say(f"sample: {item['prompt']!r} -> {item['text']!r}")
 
     def save(self) -> None:
-        start = time.perf_counter()
+        self.watch.at(f"saving step {self.state.step}")
         self.state.note_checkpoint()
         extra = {"data": self.data.fingerprint}
-        keep = self.config.checkpoint.keep
-        path = checkpoint.save_checkpoint(self.checkpoints, self.engine, self.state, extra, self.data.tokenizer, keep)
+        self.stall = self.writer.save(self.engine, self.state, extra, self.data.tokenizer)
         self.saved_step = self.state.step
-        if distributed.rank() == 0:
-            checkpoint.announce(path, time.perf_counter() - start)
 
     def leave_early(self, signal: int) -> int:
         """Save and go: the step in flight is done."""
         if self.saved_step != self.state.step and self.state.step:
             self.save()
+        self.writer.wait()
+        self.event("stopped", step=self.state.step, signal=signal)
         say(f"stopped by signal {signal} after step {self.state.step}; the same command resumes")
         self.draw()  # last: whoever sent the signal may not wait for it
         return 128 + signal
@@ -295,6 +397,9 @@ class Trainer:
     def conclude(self) -> None:
         """The last line of the log, and the pictures of the run."""
         state = self.state
+        self.watch.at("concluding")
+        self.writer.wait()
+        self.event("finished", step=state.step)
         self.draw()
         before = f"{state.first_val_loss:.4f} -> " if state.first_val_loss is not None else ""
         loss = f", validation loss {before}{state.val_loss:.4f}" if state.val_loss is not None else ""
@@ -310,13 +415,14 @@ class Trainer:
         run_dir = self.config.run_dir
         try:
             pictures = draw_loss(run_dir, self.state.first_val_loss), draw_experts(run_dir)
-        except OSError as error:  # the run itself is whole, and saved
+        except (OSError, ValueError) as error:  # the run itself is whole, and saved
             warn(f"no picture could be written to {run_dir / 'plots'}: {error}")
             return
         for picture in filter(None, pictures):
             say(f"drew {picture}")
 
     def close(self, exit_code: int) -> None:
+        self.writer.close()
         for loader in (self.loader, *self.validation.values()):
             loader.close()
         self.tracker.close(exit_code)

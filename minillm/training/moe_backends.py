@@ -48,8 +48,9 @@ def backend_problems(fields: Fields, backend: str, size: int, values: dict[str, 
     for key, needed in (("contiguous_gradients", stage == 2), ("reduce_scatter", stage in (1, 2))):
         if needed and zero.get(key) is False:
             problems.append(f"ZeRO-{stage} with shared-out experts needs zero_optimization.{key}")
-    for key in ("zero_hpz_partition_size", "zero_quantized_gradients"):
-        if stage == 3 and zero.get(key, 0) not in (0, 1, False):
+    for key, on in (("zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1) not in (0, 1)),
+                    ("zero_quantized_gradients", zero.get("zero_quantized_gradients") is True)):  # fmt: skip
+        if stage == 3 and on:
             problems.append(f"AutoEP under ZeRO-3 does not work with zero_optimization.{key}")
     return problems
 
@@ -89,8 +90,8 @@ def resolve_moe_backend(run: RunConfig, fields: Fields, values: dict[str, Any], 
     """Settle model.moe_backend, model.expert_parallel_size and DeepSpeed's expert_parallel, in place.
 
     auto: AutoEP where the JSON enables expert_parallel, torch where one rank holds all experts, else the first of
-    deepspeed, autoep and torch that the ZeRO stage lets run. An `auto` size is the largest that divides experts and
-    ranks. Settling what is settled changes nothing.
+    deepspeed, autoep and torch that these experts and the ZeRO stage let run. An `auto` size is the largest that
+    divides experts and ranks, 1 for torch. Settling what is settled changes nothing.
 
     Args:
         fields: the architecture.
@@ -100,8 +101,13 @@ def resolve_moe_backend(run: RunConfig, fields: Fields, values: dict[str, Any], 
         The problems found, one sentence each.
     """
     problems = _resolve(run.model, fields, values, world_size)
+    given = section(values, "expert_parallel")
+    if not problems and run.model.moe_backend != "autoep" and set(given) - {"enabled"}:
+        problems.append(
+            f"expert_parallel: {', '.join(sorted(set(given) - {'enabled'}))} are AutoEP's, and this run's experts are "
+            f"run by {run.model.moe_backend}; remove them, or set model.moe_backend=autoep"
+        )
     if not problems and run.model.moe_backend == "autoep":
-        given = section(values, "expert_parallel")
         size = run.model.expert_parallel_size
         if given.get("autoep_size", "auto") not in ("auto", size):
             problems.append(
@@ -160,6 +166,8 @@ def _resolve_dense(model: ModelSection, values: dict[str, Any]) -> list[str]:
 
 
 def _capacity_problems(model: ModelSection) -> list[str]:
+    if model.moe_capacity_factor is None and model.moe_min_capacity != ModelSection().moe_min_capacity:
+        return [f"model.moe_min_capacity = {model.moe_min_capacity}: only moe_capacity_factor reads it; give that too"]
     if model.moe_capacity_factor is None or model.moe_backend == "deepspeed":
         return []
     return [

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and the launcher's death: remembered, agreed on by all ranks, obeyed between two steps."""
+"""SIGINT, SIGTERM, SIGUSR1 and the launcher's death: remembered, agreed on by all ranks, obeyed between two steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class StopRequest:
     counts that as SIGTERM: a signal to the deepspeed runner reaches no rank, and nothing should train on as an orphan.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: SLURM's warning before the time limit
 
     def __init__(self, launched: bool):
         self._received = 0

@@ -6,7 +6,7 @@ The data position is `step`: batches are a function of (seed, step).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from minillm.utils.errors import UserError
 
@@ -23,6 +23,12 @@ class TrainState:
     best_val_loss: float | None = None  # of the checkpoints
     best_step: int | None = None
     expert_idle_steps: list[list[int]] | None = None  # [sparse layers][E], since each expert last got a token
+
+    recent_losses: list[float] = field(default_factory=list)  # of the last steps, that a spike is measured against
+
+    def record_loss(self, loss: float, window: int) -> None:
+        """Remember a step's loss, and as many before it as `window` asks for."""
+        self.recent_losses = [*self.recent_losses, loss][-window:]
 
     def record_validation(self, val_loss: float) -> None:
         """Remember the latest (the step as it stands)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,7 +18,11 @@ from minillm.utils.seeding import rng_untouched
 
 @torch.no_grad()
 def validate(
-    engine, loaders: dict[str, BatchLoader], token_bytes: torch.Tensor, max_bad_rows: int
+    engine,
+    loaders: dict[str, BatchLoader],
+    token_bytes: torch.Tensor,
+    max_bad_rows: int,
+    progress: Callable[[str], None],
 ) -> dict[str, float]:
     """Token-mean loss over every validation sequence of every source.
 
@@ -27,6 +32,7 @@ def validate(
         loaders: by source name, over its sequences in order.
         token_bytes: [vocab] UTF-8 bytes a token stands for.
         max_bad_rows: unreadable sequences allowed, over all ranks.
+        progress: told each batch.
 
     Returns:
         val_loss, val_ppl, val_bpb; with several sources also val_loss/NAME.
@@ -40,6 +46,7 @@ def validate(
     for name, loader in loaders.items():
         sums = torch.zeros(4, dtype=torch.float64)  # loss in nats, target tokens, bytes of the targets, unreadable rows
         for step in range(loader.num_steps):
+            progress(f"validation on {name}, batch {step + 1} of {loader.num_steps}")
             batch = loader.batch_at(step)
             sums[3] += batch.num_bad_rows
             for micro_batch in batch.micro_batches:

@@ -57,8 +57,8 @@ def read_full_state(engine, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, 
 def _read_part(engine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
     if kind == "gradient":
         return safe_get_full_grad(parameter)
-    if not is_sharded(parameter):
-        return parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]
+    if not is_sharded(parameter):  # a copy, as the others are
+        return (parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]).clone()
     return safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
 
 

@@ -90,3 +90,21 @@ def test_a_token_that_loses_all_its_experts_passes_finite_gradients():
 )  # fmt: skip
 def test_how_many_routes_an_expert_takes(tokens, experts, top_k, capacity, expected):
     assert capacity.of(tokens, experts, top_k) == expected
+
+
+def test_padding_takes_no_place_from_real_tokens():
+    """The real tokens keep what they keep where they are alone with that capacity, wherever padding stands."""
+    torch.manual_seed(0)
+    experts, real = 4, 12
+    weights, indices = torch.rand(2 * real, 2), torch.stack([torch.randperm(experts)[:2] for _ in range(2 * real)])
+    counted = torch.arange(2 * real) % 2 == 0
+    indices[~counted] = torch.tensor([0, 1])  # one padding token, over and over
+    logits = torch.zeros(2 * real, experts).scatter(1, indices, weights)
+    logits[~counted, 0] = 9.0  # and sure of its experts
+    probabilities = logits.softmax(-1)
+    choice = Choice(logits, probabilities, probabilities.gather(1, indices), indices)
+    capacity = Capacity(0.5, 1)  # 6 places of 24 tokens, of which the 12 real ones want up to that
+    kept = limit_capacity(choice, capacity, counted).kept[counted]
+    alone = Choice(*(tensor[counted] for tensor in choice[:4]))
+    assert torch.equal(kept, limit_capacity(alone, Capacity(1.0, 1)).kept)
+    assert not torch.equal(kept, limit_capacity(choice, capacity).kept[counted])  # without the mask they lose places

@@ -7,6 +7,7 @@ from minillm.training.build import open_data
 from minillm.training.deepspeed_config import resolve_deepspeed_config
 from minillm.training.loop import Trainer, train_in_group
 from minillm.training.signals import StopRequest
+from minillm.training.watch import Watch
 from tests.launching import ROOT, words
 
 FP32_ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -36,7 +37,7 @@ def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
 
     run = load(settings)
     data = open_data(run)
-    trainer = Trainer(run, data)
+    trainer = Trainer(run, data, Watch(run.faults.timeout))
     resolved, _ = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
     trainer.build(resolved, resolve_model_config(run, data))
     return trainer

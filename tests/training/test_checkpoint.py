@@ -40,11 +40,17 @@ def test_streamed_safetensors_refuses_disorder(tmp_path):
             writer.write("a", torch.zeros(2))
 
 
+def save(trainer) -> None:
+    """A checkpoint that is on disk when this returns, however the run writes them."""
+    trainer.save()
+    trainer.writer.wait()
+
+
 @pytest.mark.usefixtures("group")
 class TestSaved:
     def test_it_is_a_hugging_face_folder(self, settings, tmp_path):
         trainer = built_trainer(settings)
-        trainer.save()
+        save(trainer)
         folder = tmp_path / "r" / "checkpoints" / "step-000000"
         assert manifest_problems(folder) == []
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -55,10 +61,11 @@ class TestSaved:
         assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt"))
         trainer.close(0)
 
+    @pytest.mark.parametrize("asynchronous", [False, True])
     @pytest.mark.parametrize("limit", [1_000, 100_000])  # stops at the tokenizer's files, at the weights
-    def test_a_full_disk_keeps_the_previous_one(self, settings, tmp_path, limit):
-        trainer = built_trainer(settings)
-        trainer.save()
+    def test_a_full_disk_keeps_the_previous_one(self, settings, tmp_path, limit, asynchronous):
+        trainer = built_trainer({**settings, "checkpoint.asynchronous": asynchronous})
+        save(trainer)
         before = checkpoint(tmp_path / "r", 0)
         trainer.state.step = 1
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -66,14 +73,14 @@ class TestSaved:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # the kernel refuses to write further
         try:
             with pytest.raises(UserError, match="could not be written .*the last one, step 0, is untouched"):
-                trainer.save()
+                save(trainer)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, ignored)
         folder = tmp_path / "r" / "checkpoints"
         assert [p.name for p in folder.iterdir()] == ["step-000000"]
         assert same_bits(checkpoint(tmp_path / "r", 0), before)
-        trainer.save()  # and goes on when there is room again
+        save(trainer)  # and goes on when there is room again
         assert newest_checkpoint(tmp_path / "r").name == "step-000001"
         trainer.close(0)
 
@@ -112,23 +119,23 @@ class TestSaved:
         for step, loss in enumerate([5.0, 3.0, 4.0, 6.0, 7.0], 1):
             trainer.state.step = step
             trainer.state.record_validation(loss)
-            trainer.save()
+            save(trainer)
         trainer.state.step = 6  # validated better, never saved: not the best of the checkpoints
         trainer.state.record_validation(1.0)
         trainer.state.step = 7
-        trainer.save()
+        save(trainer)
         assert list(checkpoints.checkpoint_steps(tmp_path / "r" / "checkpoints")) == [2, 5, 7]
         trainer.close(0)
 
     def test_pruning_never_counts_a_damaged_newer_one(self, settings, tmp_path):
         """Resumed below a damaged step 9: that one goes, and `keep` good ones stay."""
         trainer = built_trainer({**settings, "checkpoint.keep": 1})
-        trainer.save()
+        save(trainer)
         folder = tmp_path / "r" / "checkpoints"
         shutil.copytree(folder / "step-000000", folder / "step-000009")
         (folder / "step-000009" / "model.safetensors").write_bytes(b"")
         trainer.state.step = 1
-        trainer.save()
+        save(trainer)
         assert list(checkpoints.checkpoint_steps(folder)) == [1]
         trainer.close(0)
 

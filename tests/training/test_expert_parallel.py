@@ -124,10 +124,11 @@ def trained(tiny_settings, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", [n for n in STRAIGHT if not n.endswith("torch") and "moe-876m" not in n])
+DROPLESS = [n for n in STRAIGHT if not n.endswith(("torch", "dropping")) and "moe-876m" not in n]
+
+
+@pytest.mark.parametrize("name", DROPLESS)
 def test_losses_equal_those_of_experts_in_plain_torch(trained, name):
-    if name.endswith("dropping"):
-        pytest.skip("dropped tokens are another computation: see the test of its own")
     base = "mixtral-mini-bf16-torch" if "bf16" in name else f"{STRAIGHT[name][0]}-torch"
     assert len(losses(trained / name)) == STEPS
     tolerance = 5e-3 if "bf16" in name else 1e-5
@@ -159,7 +160,7 @@ def test_another_backend_and_zero_stage_go_on(trained, name):
         straight, other = checkpoint(trained / name, STEPS), checkpoint(trained / copy, STEPS)
         assert straight.keys() == other.keys()
         for key, tensor in straight.items():
-            assert tensor.shape == other[key].shape
+            assert (tensor - other[key]).norm() <= 1e-3 * tensor.norm(), (copy, key)
             if key.endswith("e_score_correction_bias"):  # moved by global counts, once a step
                 assert torch.equal(tensor, other[key]) and tensor.any()
 
@@ -174,6 +175,8 @@ def test_one_rank_goes_on(trained, name, backend):
 @pytest.mark.parametrize("name", [name for name, *_ in ON_FOUR_RANKS])
 def test_four_ranks_go_on(trained, name):
     assert losses(trained / f"{name}-four-ranks") == pytest.approx(losses(trained / name), rel=1e-5)
+    four, two = ([r["grad_norm"] for r in metrics(trained / n)] for n in (f"{name}-four-ranks", name))
+    assert four == pytest.approx(two, rel=1e-4)
 
 
 def test_checkpoints_hold_every_expert_under_one_name(trained):

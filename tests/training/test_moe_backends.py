@@ -75,6 +75,7 @@ LEGAL = "torch (ZeRO 0, 1, 2, 3; size 1), deepspeed (ZeRO 1, 2; size 1, 2, 4, 8)
         ("moe_zero3.json", "llama3-mini", [], ["has no experts", "zero3.json"]),
         ("zero2.json", "llama3-mini", ["model.expert_parallel_size=2"], ["has no experts", "auto and 1"]),
         ("zero2.json", "mixtral-mini", ["model.moe_capacity_factor=1.25"], ["only moe_backend deepspeed drops"]),
+        ("zero2.json", "mixtral-mini", ["model.moe_min_capacity=16"], ["only moe_capacity_factor reads it"]),
     ],
 )
 def test_the_illegal_is_refused_with_the_legal_choices(json_name, preset, words, expected):
@@ -89,6 +90,8 @@ def test_zero_options_that_deepspeed_refuses_with_experts_are_named():
         "zero2.json", "mixtral-mini", *words, contiguous_gradients=False
     )[3]  # fmt: skip
     assert "zero_optimization.reduce_scatter" in settle("zero1.json", "mixtral-mini", *words, reduce_scatter=False)[3]
+    quantised = settle("moe_zero3.json", "mixtral-mini", *words, zero_quantized_gradients=True)[3]
+    assert "zero_quantized_gradients" in quantised
     assert "zero_hpz_partition_size" in settle("moe_zero3.json", "mixtral-mini", *words, zero_hpz_partition_size=2)[3]
     zero0 = {"zero_optimization": {"stage": 0}}
     assert "gradient norm" in backend_problems(PRESETS["mixtral-mini"], "deepspeed", 2, zero0, 8)[0]

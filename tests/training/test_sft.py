@@ -59,6 +59,7 @@ def test_the_first_step_starts_from_the_exact_weights(settings, tmp_path):
     bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
     trainer = built_trainer({**{k: v for k, v in settings.items() if k not in shape}, **own}, bf16)
     trainer.save()
+    trainer.writer.wait()
     before, after = checkpoint(tmp_path / "base", 4), checkpoint(tmp_path / "next", 0)
     weights = [name for name in before if not name.startswith("exp_avg")]
     assert weights and all(torch.equal(before[name], after[name]) for name in weights)
