@@ -14,7 +14,7 @@ import pytest
 
 from tests.launching import ROOT
 
-ENTRIES = ("chat", "describe", "export", "parity")
+ENTRIES = ("chat", "describe", "export", "parity", "plan")
 FLOORS = {  # what each part may import of the project, besides itself
     "utils": set(),
     "architecture": set(),
@@ -25,9 +25,11 @@ FLOORS = {  # what each part may import of the project, besides itself
     "interop": {"models", "architecture", "utils"},
     "config": {"presets", "architecture", "utils"},
     "training": {"config", "presets", "architecture", "accounting", "models", "data", "interop", "utils"},
+    "preflight": {"config", "presets", "architecture", "accounting", "training", "models", "data", "interop", "utils"},
     "inference": {"data", "utils"},
     "data_tools": {"data", "utils"},
-    "launch": {"config", "presets", "architecture", "accounting", "training", "interop", "utils", "data_tools"},
+    "launch": {"config", "presets", "architecture", "accounting", "training", "preflight", "interop", "utils",
+               "data_tools"},
     "": {"interop"},  # minillm/__init__.py: minillm.load
     **{
         name: {"config", "presets", "architecture", "accounting", "training", "inference", "interop", "models", "data",

@@ -190,7 +190,8 @@ class Trainer:
             warm_up_engine(self.engine, [move_to_device(b, self.engine.device) for b in batch.micro_batches])
         except NonFiniteError as error:
             fix = "move that folder away to go on from an older one" if self.source else "choose other weights"
-            raise NonFiniteError(f"the weights of {self.source or self.data.base} are ruined: {error}; {fix}") from error
+            folder = self.source or self.data.base
+            raise NonFiniteError(f"the weights of {folder} are ruined: {error}; {fix}") from error
         say(f"warm-up step: {time.perf_counter() - start:.1f} s")
         if self.source is not None:
             state = checkpoint.restore_training(self.engine, self.source, self.config.seed)

@@ -31,7 +31,10 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):  # torchrun's, DeepSpeed's, a single machine's
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1
 
 
 def default_device() -> torch.device:

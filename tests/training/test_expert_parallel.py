@@ -217,3 +217,16 @@ def test_what_shared_out_experts_learned_exports_to_transformers(trained, preset
     theirs = to_transformers(ours).eval()
     ids = torch.randint(0, 384, (2, 17), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_model_may_be_compiled(tiny_settings, tmp_path):
+    """torch.compile leaves the experts alone; training and validation, fp32 and bf16."""
+    runs = {name: STRAIGHT[name] for name in ("mixtral-mini-torch", "mixtral-mini-deepspeed", "mixtral-mini-autoep",
+                                              "mixtral-mini-bf16-autoep")}  # fmt: skip
+    compiled = {"train.compile": True, "train.max_steps": 2}
+    start(2, [case(name, tiny_settings, tmp_path, runs, **compiled) for name in runs], tmp_path / "cases.json")
+    expected = losses(tmp_path / "mixtral-mini-torch")
+    for name in runs:
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=5e-3 if "bf16" in name else 1e-5), name
+        assert metrics(tmp_path / name)[-1]["val_loss"] < 7

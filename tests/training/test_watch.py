@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from minillm.training.watch import HUNG, SILENT
-from tests.launching import ROOT, checkpoint, environment, losses, metrics, words
+from tests.launching import ROOT, checkpoint, environment, losses, metrics
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
