@@ -16,20 +16,11 @@ if str(ROOT) not in sys.path:  # works from a clone without `pip install`
     sys.path.insert(0, str(ROOT))
 
 from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
-from minillm.architecture import DEFAULTS  # noqa: E402
-from minillm.config import RunConfig, load_run_config, model_overrides, raise_problems  # noqa: E402
-from minillm.interop.load import newest_run_checkpoint, resolve_model_folder  # noqa: E402
-from minillm.presets import PRESETS  # noqa: E402
-from minillm.training.deepspeed_config import (  # noqa: E402
-    model_state_bytes,
-    precision,
-    read_deepspeed_json,
-    resolve_deepspeed_config,
-    zero_stage,
-)
-from minillm.training.moe_backends import resolve_moe_backend  # noqa: E402
-from minillm.utils.errors import UserError, exit_on_user_error  # noqa: E402
-from minillm.utils.files import read_json  # noqa: E402
+from minillm.config import RunConfig  # noqa: E402
+from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
+from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
+from minillm.training.resolve import model_fields, resolve_run  # noqa: E402
+from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 
 BUILTIN_ROOT = Path("data/python-docs")
@@ -75,17 +66,14 @@ def ranks(arguments: argparse.Namespace) -> int:
 
 def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]:
     """Both configurations, checked against each other."""
-    configs_dir = ROOT / "launch" / "configs"
-    run, problems = load_run_config(arguments.config, arguments.overrides, stage=stage, configs_dir=configs_dir)
-    values = read_deepspeed_json(arguments.deepspeed)
-    deepspeed_config, more = resolve_deepspeed_config(values, run, ranks(arguments), arguments.deepspeed)
-    if not problems:
-        fields = {**PRESETS[run.model.preset], **model_overrides(run)} if run.model.init_from is None else (
-            base_fields(run)[0]
-        )  # fmt: skip
-        if fields is not None:  # else the training process settles it, when the weights are there
-            more += resolve_moe_backend(run, fields, deepspeed_config, ranks(arguments))
-    raise_problems(problems + more, f"{arguments.config} with {arguments.deepspeed} on {ranks(arguments)} rank(s)")
+    run, deepspeed_config = resolve_run(
+        arguments.config,
+        arguments.overrides,
+        arguments.deepspeed,
+        stage=stage,
+        world_size=ranks(arguments),
+        configs_dir=ROOT / "launch" / "configs",
+    )
     if run.data.train is None:
         train, validation = BUILTIN_SHARDS[stage]
         run.data.train = str(BUILTIN_ROOT / "shards" / train)
@@ -130,18 +118,16 @@ def print_plan(run: RunConfig, deepspeed_config: dict, world_size: int) -> None:
 
 def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> dict[str, str]:
     """The rows about the model: the preset's, or those of the weights the run starts with, where they are there."""
-    fields, name = {**PRESETS[run.model.preset], **model_overrides(run)}, run.model.preset
-    if run.model.init_from is not None:
-        fields, name = base_fields(run)
-        if fields is None:
-            return {"model": name}
+    fields, name = model_fields(run)
+    if fields is None:
+        return {"model": name}
     counts = num_parameters(fields)
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
     size = run.model.expert_parallel_size
-    memory = model_state_bytes(counts["total"], deepspeed_config, world_size, counts["routed"], size)
-    on_host = memory.pop("host")
-    parts = ", ".join(f"{part} {size / 2**20:,.1f} MiB" for part, size in memory.items())
-    parts += f"; {on_host / 2**20:,.1f} MiB on the host" if on_host else ""
+    kept = states(parameter_groups(fields, run.model.moe_backend, size, world_size), Zero.of(deepspeed_config))
+    memory = {"weights": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
+    parts = ", ".join(f"{part} {held / 2**20:,.1f} MiB" for part, held in memory.items())
+    parts += f"; {kept.host / 2**20:,.1f} MiB on the host" if kept.host else ""
     experts = {}
     if counts["routed"]:
         own = fields["num_experts"] // size
@@ -153,20 +139,3 @@ def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> d
         "FLOPs a token": f"{flops_per_token(fields, run.data.seq_len):,} (forward and backward, attention included)",
         "memory a GPU": f"{sum(memory.values()) / 2**20:,.1f} MiB before activations ({parts})",
     }
-
-
-def base_fields(run: RunConfig) -> tuple[dict[str, object] | None, str]:
-    """The architecture `model.init_from` names, with the run's overrides, and what to call it; None where it cannot be
-    told without loading it."""
-    name = f"that of {run.model.init_from}"
-    try:
-        base = newest_run_checkpoint(Path(run.run_root), "pretrain") if run.model.init_from == "newest" else (
-            resolve_model_folder(run.model.init_from, run.run_root)
-        )  # fmt: skip
-    except UserError:
-        return None, f"{name}, which is not there yet"
-    config = read_json(base / "config.json")
-    if config.get("model_type") != "minillm":
-        return None, f"{name}: {base}, a {config.get('model_type')} model"
-    known = {field: config[field] for field in DEFAULTS if field in config}
-    return {**DEFAULTS, **known, **model_overrides(run)}, f"{name}: {base}"

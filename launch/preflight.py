@@ -81,7 +81,7 @@ def count_parameters(run: RunConfig) -> int | None:
     """Of the planned model; None where only loading it would tell."""
     fields = {**PRESETS[run.model.preset], **model_overrides(run)}
     if run.model.init_from is not None:
-        fields, _ = entry.base_fields(run)
+        fields, _ = entry.model_fields(run)
     return None if fields is None else num_parameters(fields)["total"]
 
 

@@ -153,6 +153,129 @@ def num_parameters(fields: Fields) -> dict[str, int]:
     }
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: object = False) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
+
+
+def _norm_shapes(fields: Fields, name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if fields["norm_type"] == "layernorm" else {})}
+
+
+def _gqa_shapes(fields: Fields) -> Shapes:
+    hidden, head, bias = fields["hidden_size"], fields["head_dim"], fields["attention_bias"]
+    query, key_value = fields["num_attention_heads"] * head, fields["num_key_value_heads"] * head
+    return {
+        **_linear("q_proj", hidden, query * (2 if fields["attention_output_gate"] else 1), bias),
+        **_linear("k_proj", hidden, key_value, bias),
+        **_linear("v_proj", hidden, key_value, bias),
+        **_linear("o_proj", query, hidden, bias),
+        **(_norm_shapes(fields, "q_norm", head) | _norm_shapes(fields, "k_norm", head) if fields["qk_norm"] else {}),
+    }
+
+
+def _mla_shapes(fields: Fields) -> Shapes:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    query = heads * (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"])
+    rank, query_rank = fields["kv_lora_rank"], fields["q_lora_rank"]
+    if query_rank is None:
+        shapes = _linear("q_proj", hidden, query)
+    else:
+        shapes = {
+            **_linear("q_a_proj", hidden, query_rank),
+            **_norm_shapes(fields, "q_a_layernorm", query_rank),
+            **_linear("q_b_proj", query_rank, query),
+        }
+    return {
+        **shapes,
+        **_linear("kv_a_proj_with_mqa", hidden, rank + fields["qk_rope_head_dim"]),
+        **_norm_shapes(fields, "kv_a_layernorm", rank),
+        **_linear("kv_b_proj", rank, heads * (fields["qk_nope_head_dim"] + fields["v_head_dim"])),
+        **_linear("o_proj", heads * fields["v_head_dim"], hidden),
+    }
+
+
+def _gated_deltanet_shapes(fields: Fields) -> Shapes:
+    hidden, heads = fields["hidden_size"], fields["linear_num_value_heads"]
+    key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
+    value = heads * fields["linear_value_head_dim"]
+    return {
+        "A_log": (heads,),
+        "dt_bias": (heads,),
+        **_linear("qkv_proj", hidden, 2 * key + value),
+        **_linear("z_proj", hidden, value),
+        **_linear("b_proj", hidden, heads),
+        **_linear("a_proj", hidden, heads),
+        "conv.weight": (2 * key + value, 1, fields["linear_conv_kernel_dim"]),
+        "norm.weight": (fields["linear_value_head_dim"],),
+        **_linear("o_proj", value, hidden),
+    }
+
+
+MIXER_SHAPES: dict[str, Callable[[Fields], Shapes]] = {"gqa": _gqa_shapes, "mla": _mla_shapes}
+
+
+def _dense_shapes(fields: Fields, size: int) -> Shapes:
+    hidden, bias = fields["hidden_size"], fields["mlp_bias"]
+    gate = _linear("gate_proj", hidden, size) if fields["mlp_type"] == "swiglu" else {}
+    return {**gate, **_linear("up_proj", hidden, size, bias), **_linear("down_proj", size, hidden, bias)}
+
+
+def _sparse_shapes(fields: Fields) -> Shapes:
+    hidden, experts, size = fields["hidden_size"], fields["num_experts"], fields["moe_intermediate_size"]
+    if fields["router_type"] == "noisy_topk":
+        shapes = _linear("gate.router", hidden, experts, True) | _linear("gate.noise", hidden, experts, True)
+    else:
+        shapes = {"gate.weight": (experts, hidden)}
+    swiglu = fields["mlp_type"] == "swiglu"
+    name, width = ("gate_up_proj", 2 * size) if swiglu else ("up_proj", size)
+    shapes |= {f"experts.{name}": (experts, width, hidden), "experts.down_proj": (experts, hidden, size)}
+    if fields["mlp_bias"]:
+        shapes |= {"experts.up_bias": (experts, size), "experts.down_bias": (experts, hidden)}
+    if fields["shared_expert_intermediate_size"]:
+        shared = _dense_shapes(fields, fields["shared_expert_intermediate_size"])
+        shapes |= {f"shared_expert.{part}": shape for part, shape in shared.items()}
+        shapes |= _linear("shared_expert_gate", hidden, 1) if fields["shared_expert_gate"] else {}
+    return shapes | (_linear("coefficient", hidden, 2, True) if fields["residual_moe"] else {})
+
+
+def _layer_shapes(fields: Fields, mixer: str, mlp: str) -> Shapes:
+    kind = _gated_deltanet_shapes if mixer == "linear_attention" else MIXER_SHAPES[fields["attention_type"]]
+    block = _sparse_shapes(fields) if mlp == "sparse" else _dense_shapes(fields, fields["intermediate_size"])
+    return {
+        **_norm_shapes(fields, "input_layernorm", fields["hidden_size"]),
+        **{f"mixer.{part}": shape for part, shape in kind(fields).items()},
+        **_norm_shapes(fields, "post_attention_layernorm", fields["hidden_size"]),
+        **{f"mlp.{part}": shape for part, shape in block.items()},
+    }
+
+
+def parameter_shapes(fields: Fields) -> Shapes:
+    """Name -> shape of every parameter in the order of `MiniLLMForCausalLM.named_parameters()`, a tied one once: what
+    padding, buckets and thresholds depend on, which totals do not say."""
+    hidden, table = fields["hidden_size"], (fields["vocab_size"], fields["hidden_size"])
+    shapes: Shapes = {"model.embed_tokens.weight": table}
+    kinds = list(zip(layer_types(fields), mlp_layer_types(fields), strict=True))
+    for number, (mixer, mlp) in enumerate(kinds):
+        shapes |= {f"model.layers.{number}.{n}": shape for n, shape in _layer_shapes(fields, mixer, mlp).items()}
+    shapes |= _norm_shapes(fields, "model.norm", hidden)
+    if fields["position_embedding_type"] == "learned":
+        shapes["model.positions.embed_positions.weight"] = (fields["max_position_embeddings"], hidden)
+    for number in range(fields["num_nextn_predict_layers"]):
+        layer = {f"layer.{name}": shape for name, shape in _layer_shapes(fields, *kinds[-1]).items()}
+        module = {
+            **_norm_shapes(fields, "enorm", hidden),
+            **_norm_shapes(fields, "hnorm", hidden),
+            **_linear("eh_proj", 2 * hidden, hidden),
+            **layer,
+            **_norm_shapes(fields, "norm", hidden),
+        }
+        shapes |= {f"model.multi_token_modules.{number}.{name}": shape for name, shape in module.items()}
+    return shapes if fields["tie_word_embeddings"] else {**shapes, "lm_head.weight": table}
+
+
 def flops_per_token(fields: Fields, seq_len: int) -> int:
     """Floating-point operations a trained token costs, forward and backward: 6 N + the sequence mixing.
 

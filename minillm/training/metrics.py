@@ -9,16 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minillm.training.devices import DATASHEET_FLOPS
 from minillm.training.state import TrainState
 from minillm.utils import distributed
-
-# Dense bf16 with fp32 accumulation, FLOP/s, from the vendors' datasheets (no sparsity). First match wins.
-DATASHEET_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-    "A800": 312e12, "A40": 149.7e12, "A10": 125e12, "A6000": 154.8e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12,
-    "RTX 5090": 209.5e12,
-}  # fmt: skip
 
 
 def measure_matmul_flops(dtype: torch.dtype, repeats: int = 6) -> float:

@@ -1,0 +1,239 @@
+"""Predicted memory, speed, traffic and cost of a run, before the first GPU hour.
+
+Contract: stdlib only, pure functions. States, buffers and traffic are planned_states', activations are
+planned_activations'; here they become a peak, the largest micro-batch, a step's time, and a choice among DeepSpeed
+configurations. DeepSpeed's own estimators (estimate_zero*_model_states_mem_needs) leave activations, logits and buffers
+out. What is assumed and not derived stands in ASSUMPTIONS and is printed with every plan.
+
+Units: bytes, seconds, of one GPU unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minillm.accounting import flops_per_token
+from minillm.architecture import mlp_layer_types
+from minillm.training.deepspeed_config import precision
+from minillm.training.devices import Device
+from minillm.training.planned_activations import IMBALANCE, activations
+from minillm.training.planned_states import Traffic, Zero, buffers, parameter_groups, states, traffic
+
+Fields = Mapping[str, object]
+
+MFU = 0.45  # of the datasheet's peak, one card alone: nanochat d12 on an RTX 3090 (its pull request 509)
+CONTEXT = 0.7 * 2**30  # CUDA context, kernels and NCCL's buffers, outside PyTorch's allocator
+FRAGMENTATION = 0.05  # of what is allocated anew at each step
+HOST_LINK = 12e9  # bytes/s between a card and main memory
+HOST_MEMORY = 60e9  # bytes/s of main memory, all cards together
+RECOMPUTATION = 4 / 3  # forward once more: 8 N in place of 6 N operations
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to run a model.
+
+    Attributes:
+        fields: the architecture.
+        values: DeepSpeed's configuration.
+        world_size: GPUs.
+        backend, expert_parallel: who runs the experts, and ranks that share one set of them.
+        batch: sequences of a step over all GPUs; length: tokens of a sequence.
+        micro: sequences of one forward pass on one GPU.
+        checkpointing: activations are recomputed in backward.
+        capacity: model.moe_capacity_factor.
+    """
+
+    fields: Fields
+    values: dict[str, Any]
+    world_size: int
+    backend: str
+    expert_parallel: int
+    batch: int
+    length: int
+    micro: int
+    checkpointing: bool
+    capacity: float | None = None
+
+    @property
+    def micro_steps(self) -> int:
+        """Of one step, on each GPU."""
+        return self.batch // (self.micro * self.world_size)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU at the peak, by part; `host` is main memory of one rank.
+
+    Attributes:
+        activations: as the setup has it; plain and checkpointed are the two it may choose from.
+        fragmentation, context: assumptions, everything else is derived.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    plain: float
+    checkpointed: float
+    logits: float
+    buffers: float
+    fragmentation: float
+    context: float
+    host: float
+
+    @property
+    def allocated(self) -> float:
+        """What torch.cuda.max_memory_allocated would say."""
+        states = self.parameters + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.buffers
+
+    @property
+    def total(self) -> float:
+        return self.allocated + self.fragmentation + self.context
+
+
+def memory(setup: Setup) -> Memory:
+    """The peak: the largest of the loss (all activations and logits), the begin of backward (all activations and the
+    buckets), its end with the last reduction, and the update.
+
+    With one micro-step, gradients of stages 0 to 2 do not exist before backward, which frees activations as it makes
+    them.
+    """
+    fields, zero = setup.fields, Zero.of(setup.values)
+    groups = parameter_groups(fields, setup.backend, setup.expert_parallel, setup.world_size)
+    table = fields["vocab_size"] * fields["hidden_size"] if fields["tie_word_embeddings"] else 0
+    kept = max((states(groups, zero, rank) for rank in _ranks(setup)), key=lambda s: s.gradients)
+    extra = buffers(groups, zero, table)
+    made = activations(fields, zero.low, setup.micro, setup.length, setup.backend, setup.expert_parallel)
+    saved, again = made.saved(setup.checkpointing), made.recomputed(setup.checkpointing)
+    before = kept.gradients if setup.micro_steps > 1 or zero.stage == 3 else 0
+    moments = [  # gradients, activations, logits, buffers
+        (before, saved, made.logits, extra.always),
+        (before, saved + again, 0, extra.always + extra.backward),
+        (kept.gradients, 0, 0, extra.always + max(extra.backward, extra.reduction)),
+        (kept.gradients, 0, 0, extra.always + extra.update),
+    ]
+    gradients, acts, logits, held = max(moments, key=sum)
+    return Memory(
+        parameters=kept.parameters,
+        gradients=gradients,
+        optimizer=kept.optimizer,
+        activations=acts,
+        plain=made.saved(False),
+        checkpointed=made.saved(True) + made.recomputed(True),
+        logits=logits,
+        buffers=held,
+        fragmentation=FRAGMENTATION * (acts + logits + held),
+        context=CONTEXT,
+        host=kept.host,
+    )
+
+
+def _ranks(setup: Setup) -> range:
+    """Those whose states differ: at stage 2 alone, where gradients add up in the weights' type."""
+    zero = Zero.of(setup.values)
+    return range(setup.world_size if zero.stage == 2 and zero.accumulation == zero.low else 1)
+
+
+def largest_micro_batch(setup: Setup, capacity: float) -> int:
+    """The largest micro-batch that divides the batch and fits into `capacity` bytes; 0 where none does."""
+    share = setup.batch // setup.world_size
+    fitting = [m for m in range(1, share + 1) if setup.batch % (m * setup.world_size) == 0]
+    return max((m for m in fitting if memory(replace(setup, micro=m)).total <= capacity), default=0)
+
+
+def exchanged(setup: Setup) -> float:
+    """Bytes a GPU sends in one micro-step for tokens to reach their experts and come back, forward and backward.
+
+    A token's K copies of D numbers go out and its K results come back, in backward their gradients: 4 K D, of which
+    (ranks - 1) / ranks leave the card. DeepSpeed's MoE layer sends buffers as large as the fullest expert (or the
+    capacity); checkpointing sends the forward's half again.
+    """
+    layers = [kind for kind in mlp_layer_types(setup.fields) if kind == "sparse"]
+    if not layers or setup.expert_parallel == 1:
+        return 0.0
+    number = len(layers) + setup.fields["num_nextn_predict_layers"] * (mlp_layer_types(setup.fields)[-1] == "sparse")
+    numbers = setup.micro * setup.length * setup.fields["num_experts_per_tok"] * setup.fields["hidden_size"]
+    filled = (setup.capacity or IMBALANCE) if setup.backend == "deepspeed" else 1.0
+    leaving = (setup.expert_parallel - 1) / setup.expert_parallel
+    return (6 if setup.checkpointing else 4) * number * numbers * Zero.of(setup.values).low * filled * leaving
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one optimizer step.
+
+    Attributes:
+        compute: products, at the assumed part of the peak.
+        waiting: for traffic that nothing hides.
+        update: of the optimizer's states.
+        traffic: what one GPU sends.
+        tokens: of the batch.
+    """
+
+    compute: float
+    waiting: float
+    update: float
+    traffic: Traffic
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.waiting + self.update
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def speed(setup: Setup, device: Device, mfu: float = MFU) -> Speed:
+    """How long a step takes.
+
+    With overlap_comm gradients are reduced beside the backward pass (two thirds of the work), at stage 3 weights are
+    gathered beside both passes, in device.overlap of their time; the last bucket of gradients is always waited for, as
+    nothing is left to do beside it, and so is everything else.
+    """
+    zero = Zero.of(setup.values)
+    groups = parameter_groups(setup.fields, setup.backend, setup.expert_parallel, setup.world_size)
+    sent = traffic(groups, zero, setup.micro_steps, setup.micro_steps * exchanged(setup))
+    tokens, elements = setup.batch * setup.length, sum(sum(group.sizes) for group in groups)
+    work = flops_per_token(setup.fields, setup.length) * tokens / setup.world_size
+    work *= RECOMPUTATION if setup.checkpointing else 1
+    compute = work / (mfu * device.flops[precision(setup.values)])
+    reduce, gather, exchange = sent.reduce / device.bus, sent.gather / device.bus, sent.exchange / device.bus
+    if zero.overlap:
+        beside = device.overlap * compute / (1 if zero.stage >= 2 else setup.micro_steps)
+        last = reduce * min(1.0, zero.reduce_bucket / elements)
+        reduce = max(last, reduce - 2 / 3 * beside)
+        gather = max(0.0, gather - 1 / 3 * beside) if zero.stage == 3 else gather
+    # AdamW reads and writes the masters and both moments, and reads the gradient.
+    kept = sum(sum(group.sizes) / (group.ranks if zero.stage else 1) for group in groups)
+    rate = HOST_MEMORY / setup.world_size if zero.offload_optimizer else device.memory_bandwidth
+    update = (2 * 12 + 4 + zero.low) * kept / rate
+    return Speed(compute, reduce + gather + exchange + sent.host / HOST_LINK, update, sent, tokens)
+
+
+def days(tokens: float, speed: Speed) -> float:
+    """To train on so many tokens."""
+    return tokens / speed.tokens_per_s / 86_400
+
+
+def cost(days: float, gpus: int, price_per_gpu_hour: float) -> float:
+    return 24 * days * gpus * price_per_gpu_hour
+
+
+def assumptions(device: Device, mfu: float) -> list[str]:
+    """What the numbers rest on that is not derived, a sentence each."""
+    return [
+        f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.fp32_flops / 1e12:g} in "
+        f"fp32 (datasheet), of which products reach {mfu:.0%} (nanochat d12 on one RTX 3090: 45 %; --mfu)",
+        f"all-reduce among the cards at {device.bus / 1e9:g} GB/s of bus bandwidth ({device.link}; preflight measures "
+        f"it, --bandwidth sets it), beside {device.overlap:.0%} of the arithmetic where overlap_comm is on (--overlap)",
+        f"{CONTEXT / 2**30:g} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} of activations, logits and buffers lost to "
+        f"fragmentation",
+        f"offloading: {HOST_LINK / 1e9:g} GB/s to main memory for each card, {HOST_MEMORY / 1e9:g} GB/s of it for all",
+        f"eager modules (torch.compile keeps less); the fullest expert has {IMBALANCE:g} times the mean",
+    ]

@@ -1,0 +1,389 @@
+"""The plan against reality: states against a running engine's tensors, activations against what autograd saved, peak
+memory against a GPU's where there is one; its choices against arithmetic done by hand.
+
+Not checked: step times, which rest on assumptions that the plan prints.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillm import plan
+from minillm.accounting import flops_per_token, num_parameters, parameter_shapes
+from minillm.architecture import DEFAULTS
+from minillm.config import RunConfig
+from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.models import linear as model_linear
+from minillm.presets import PRESETS
+from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
+from minillm.training.devices import DEVICES
+from minillm.training.parity import MODELS, Case, run_config
+from minillm.training.planned_activations import activations
+from minillm.training.planned_states import Group, Zero, gathered, parameter_groups, states, traffic
+from minillm.training.planning import Setup, exchanged, largest_micro_batch, memory, speed
+from tests.launching import ROOT, run
+from tests.toy_presets import toy_fields, toy_model
+
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+YAMLS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_built_model_in_order(name):
+    with torch.device("meta"):
+        model = MiniLLMForCausalLM(MiniLLMConfig(**PRESETS[name]))
+    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert list(parameter_shapes(PRESETS[name]).items()) == list(built.items())
+
+
+# ---- states: the bytes of a running engine, exactly
+
+NOT_KEPT = {"stage3_param_persistence_threshold": 500}
+FEW_LIVE = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 20_000}
+OFFLOADED = ("offload_optimizer", "offload_param")
+CASES = {
+    1: [
+        (Case("tied", "fp32", 0, 2), {}),
+        (Case("tied", "bf16", 1, 2), {}),
+        (Case("tied", "fp32", 2, 2), {}),
+        (Case("tied", "bf16", 3, 2), {}),
+    ],
+    2: [
+        *((Case("tied", "fp32", stage, 2), {}) for stage in range(4)),
+        *((Case("tied", "bf16", stage, 2), {}) for stage in (1, 2, 3)),
+        (Case("tied", "bf16", 2, 2), {"offload_optimizer": {"device": "cpu"}}),
+        (Case("tied", "bf16", 3, 2), {**NOT_KEPT, **{part: {"device": "cpu"} for part in OFFLOADED}}),
+        (Case("multi-token", "bf16", 3, 2), NOT_KEPT),
+        (Case("multi-token", "bf16", 3, 2), {**NOT_KEPT, **FEW_LIVE}),
+        (Case("noisy experts with biases", "fp32", 2, 2), {}),
+        (Case("noisy experts with biases", "bf16", 2, 2, "deepspeed", 2), {}),
+        (Case("sigmoid experts, multi-token", "bf16", 2, 2, "autoep", 2), {}),
+        (Case("sigmoid experts, multi-token", "bf16", 3, 2, "autoep", 2), NOT_KEPT),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def engines(request, tmp_path_factory) -> tuple[int, list]:
+    """Ranks, and what each rank of each case holds."""
+    ranks, folder = request.param, tmp_path_factory.mktemp("states")
+    cases = [[list(vars(case).values()), zero] for case, zero in CASES[ranks]]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    worker = str(ROOT / "tests" / "training" / "planned.py")
+    run([*launcher, worker, str(folder / "cases.json"), str(folder / "found.json")])
+    return ranks, json.loads((folder / "found.json").read_text())
+
+
+def test_states_are_the_engines_to_the_byte(engines):
+    ranks, found = engines
+    assert len(found) == len(CASES[ranks])
+    for (case, zero), held in zip(CASES[ranks], found, strict=True):
+        _, values = run_config(case, ranks)
+        values["zero_optimization"] = {**values["zero_optimization"], **zero}
+        groups = parameter_groups({**DEFAULTS, **MODELS[case.model]}, case.backend, case.expert_parallel, ranks)
+        for rank, measured in enumerate(held):
+            whole, predicted = measured.pop("gathered"), states(groups, Zero.of(values), rank)
+            assert {part: getattr(predicted, part) for part in measured} == measured, f"{case}, {zero}, rank {rank}"
+            bound = gathered(groups, Zero.of(values)) if case.stage == 3 else 0
+            if "stage3_max_live_parameters" in zero:
+                assert 0 < whole < sum(sum(group.sizes) for group in groups) and whole <= bound <= 1.2 * whole
+            else:
+                assert whole == bound, f"{case}, {zero}: gathered"
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), *((stage, low) for stage in (1, 2, 3) for low in (False, True))])
+def test_states_follow_the_zero_paper(stage, bf16):
+    """arXiv:1910.02054, section 3, on 8 ranks: low + low + K bytes of a parameter, of which stage 1 shares out K, 2 the
+    gradients, 3 the weights. K = 12, also in fp32 from stage 1 on; gradients add up in fp32 from stage 2 on."""
+    low, k = (2, 12) if bf16 else (4, 12 if stage else 8)
+    values = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    if stage >= 2:
+        values["data_types"] = {"grad_accum_dtype": "fp32"}
+    summed = 4 if stage >= 2 else low
+    each = [4 + 4 + 8, low + low + k / 8, low + (summed + k) / 8, (low + summed + k) / 8][stage]
+    held = states([Group((8000,) * 8, 8)], Zero.of(values))
+    steps = 32 if stage == 0 else 4  # AdamW's counters, one a tensor
+    assert held.parameters + held.gradients + held.optimizer - steps == 64_000 * each
+
+
+# ---- activations: what autograd saved
+
+
+class Saved:
+    """A tensor that the graph keeps; when a node goes, so does this."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+def tensors_by_id() -> dict[int, torch.Tensor]:
+    gc.collect()
+    return {id(o): o for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+
+
+def saved_bytes(model: torch.nn.Module, batch: int, length: int) -> int:
+    """Bytes that one training forward keeps for backward, parameters and buffers apart, each storage once; under
+    checkpointing what its closures keep as well."""
+    ids = torch.randint(0, model.config.vocab_size, (batch, length))
+    positions = torch.arange(length).expand(batch, -1).contiguous()
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    packed: list[weakref.ref[Saved]] = []
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        holder = Saved(tensor)
+        packed.append(weakref.ref(holder))
+        return holder
+
+    checkpointing = model.model.gradient_checkpointing
+    before = tensors_by_id() if checkpointing else {}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        output = model(ids, labels=ids, position_ids=positions)
+    alive = [holder.tensor for reference in packed if (holder := reference()) is not None]
+    if checkpointing:
+        kept = [tensor for number, tensor in tensors_by_id().items() if number not in before]
+        alive += [tensor for tensor in kept if tensor.dtype != torch.uint8]  # states of the generator, 5 KB a layer
+    held = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in alive)}
+    assert output.loss.requires_grad
+    return sum(size for address, size in held.items() if address not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_activations_are_what_autograd_keeps(preset, dtype, monkeypatch):
+    """Within 5 %: not predicted are fp32 copies of norm weights, on the CPU a window's mask, and what routers keep of
+    constant size."""
+    monkeypatch.setattr(model_linear, "CPU_MULTIPLIES_BF16", True)  # as on a GPU: no products through fp32 copies
+    model = toy_model(preset).to(dtype)
+    made = activations(toy_fields(preset), dtype.itemsize, 2, 64)
+    predicted = made.saved(False) + made.log_probabilities
+    assert predicted == pytest.approx(saved_bytes(model, 2, 64), rel=0.05)
+
+
+@pytest.mark.parametrize("preset", ["demo", "deepseek-v3-mini"])
+def test_checkpointing_keeps_the_inputs_of_layers(preset, monkeypatch):
+    monkeypatch.setattr(model_linear, "CPU_MULTIPLIES_BF16", True)
+    model = toy_model(preset).to(torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made = activations(toy_fields(preset), 2, 2, 64)
+    predicted = made.saved(True) + made.log_probabilities
+    assert predicted == pytest.approx(saved_bytes(model, 2, 64), rel=0.05)
+    assert made.saved(True) < made.saved(False) / 3
+
+
+def test_activations_grow_with_tokens_and_layers():
+    fields = PRESETS["dense-26m"]
+    one, four = (activations(fields, 2, rows, 512) for rows in (1, 4))
+    assert four.saved(False) == 4 * one.saved(False) and four.logits == 4 * one.logits
+    deeper = activations({**fields, "num_hidden_layers": 16}, 2, 1, 512)
+    assert sum(deeper.layers) == 2 * sum(one.layers) and deeper.outside == one.outside
+    # By hand, for a token: two norms of 512, 8 + 2 + 2 heads of 64 in bf16 with 8 sums, SwiGLU of 1408.
+    norms, attention, mlp = 2 * (8 * 512 + 4 + 2 * 512), 2 * 64 * (8 + 2 + 2 + 8) + 4 * 8, 4 * 2 * 1408
+    assert one.layers[0] == 512 * (norms + attention + mlp)
+
+
+# ---- the peak, on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory is a GPU's: torch.cuda.max_memory_allocated")
+@pytest.mark.parametrize("stage, checkpointing", [(1, False), (2, False), (2, True), (3, False)])
+def test_peak_memory_is_that_of_a_gpu(stage, checkpointing):
+    """Within 5 %, one GPU, two micro-steps of 8 x 512 tokens through dense-26m."""
+    from minillm.training.engine import build_engine, process_group, run_step
+
+    run_values = {
+        "train": {"max_steps": 1, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8,
+                  "gradient_checkpointing": checkpointing},
+    }  # fmt: skip
+    run = RunConfig.model_validate(run_values)
+    run.model.moe_backend, run.model.expert_parallel_size = "torch", 1
+    given = read_deepspeed_json(ROOT / "ds_configs" / f"zero{stage}.json")
+    values, problems = resolve_deepspeed_config(given, run, 1, "the test's JSON")
+    assert not problems
+    setup = Setup(PRESETS["dense-26m"], values, 1, "torch", 1, 16, 512, 8, checkpointing)
+    with process_group():
+        engine = build_engine(MiniLLMForCausalLM(MiniLLMConfig(**PRESETS["dense-26m"])), run, values)
+        ids = torch.randint(0, 6400, (8, 512), device=engine.device)
+        for step in range(3):
+            if step == 2:
+                torch.cuda.reset_peak_memory_stats()
+            run_step(engine, [{"input_ids": ids, "labels": ids}] * 2, num_target_tokens=8192, learning_rate=1e-4)
+        measured = torch.cuda.max_memory_allocated()
+        engine.destroy()
+    assert memory(setup).allocated == pytest.approx(measured, rel=0.05)
+
+
+# ---- traffic, speed, choice
+
+
+def zero_of(name: str) -> Zero:
+    return Zero.of(read_deepspeed_json(ROOT / "ds_configs" / f"{name}.json"))
+
+
+def test_traffic_by_hand():
+    """arXiv:1910.02054, section 7: gradients by all-reduce 2 N, weights N elements, of which 7/8 travel; bf16."""
+    groups, unit = [Group((400_000, 400_000), 8)], 2 * 800_000 * 7 / 8
+    one, two, three = (traffic(groups, zero_of(f"zero{stage}"), 4) for stage in (1, 2, 3))
+    assert (one.reduce, one.gather) == (2 * unit, unit)  # once a step
+    assert (two.reduce, two.gather) == (4 * 2 * unit, unit)  # at every micro-step
+    assert (three.reduce, three.gather) == (4 * unit, 4 * unit)  # reduce-scatter and gather at every micro-step
+    alone = traffic([Group((400_000, 400_000), 1)], zero_of("zero2"), 4)
+    assert alone.total == 0
+
+
+def setup_of(preset: str, name: str, **changes) -> Setup:
+    values = read_deepspeed_json(ROOT / "ds_configs" / f"{name}.json")
+    return replace(Setup(PRESETS[preset], values, 8, "torch", 1, 256, 512, 8, False), **changes)
+
+
+def test_tokens_sent_to_experts_by_hand():
+    """12 layers; 8 x 512 tokens, 4 copies of 1024 bf16 numbers out and back, twice; 7/8 leave; buffers 1.25 fold."""
+    whole = setup_of("moe-876m", "zero2")
+    shared = replace(whole, backend="deepspeed", expert_parallel=8)
+    assert exchanged(whole) == 0
+    assert exchanged(shared) == 12 * 4 * (8 * 512) * 4 * 1024 * 2 * 7 / 8 * 1.25
+    assert exchanged(replace(shared, capacity=2.0)) == exchanged(shared) / 1.25 * 2.0
+    assert exchanged(replace(shared, backend="autoep")) == exchanged(shared) / 1.25
+    routed = num_parameters(PRESETS["moe-876m"])["routed"]
+    fewer = memory(whole).parameters - memory(shared).parameters
+    assert fewer == pytest.approx(2 * routed * 7 / 8, rel=1e-6)
+
+
+def test_compute_time_by_hand():
+    fields, device = PRESETS["dense-26m"], DEVICES["rtx3090"]
+    seconds = flops_per_token(fields, 512) * 256 * 512 / 8 / (71e12 * 0.5)
+    found = speed(setup_of("dense-26m", "zero1"), device, mfu=0.5)
+    assert found.compute == pytest.approx(seconds)
+    again = speed(setup_of("dense-26m", "zero1", checkpointing=True), device, mfu=0.5)
+    assert again.compute == pytest.approx(4 / 3 * seconds)
+    assert found.tokens_per_s == pytest.approx(256 * 512 / found.seconds)
+    hidden, open_ = (speed(setup_of("dense-171m", "zero2"), device._replace(overlap=part)) for part in (1.0, 0.0))
+    assert 0 < hidden.waiting < open_.waiting and hidden.traffic == open_.traffic  # the last bucket is waited for
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    setup = setup_of("dense-171m", "zero2")
+    for gib in (6, 9, 24):
+        largest = largest_micro_batch(setup, gib * 2**30)
+        assert memory(replace(setup, micro=largest)).total <= gib * 2**30
+        assert largest == 32 or memory(replace(setup, micro=2 * largest)).total > gib * 2**30
+    assert largest_micro_batch(setup, 2**30) == 0
+    assert memory(replace(setup, checkpointing=True)).total < memory(setup).total
+
+
+def planned(capsys, *words: str) -> dict:
+    assert plan.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_zero_1_wins_with_accumulation_on_cards_without_peer_to_peer(capsys):
+    found = planned(capsys, "--config", "dense-171m")
+    rows = {row["ds_config"]: row for row in found["rows"]}
+    assert found["best"]["ds_config"] == "zero1"
+    assert "once a step, ZeRO-2 at each of the 2 micro-steps" in found["why"][1]
+    reduced = {name: rows[name]["traffic_bytes_per_step"]["reduce"] for name in ("zero1", "zero2")}
+    assert reduced["zero2"] == 2 * reduced["zero1"]
+    assert rows["zero1"]["tokens_per_s"] > rows["zero2"]["tokens_per_s"] > rows["zero2_offload"]["tokens_per_s"]
+    # Where the batch needs no accumulation the two send the same, and the one that keeps less is named.
+    once = planned(capsys, "--config", "dense-171m", "train.train_micro_batch_size_per_gpu=32")
+    rows = {row["ds_config"]: row for row in once["rows"]}
+    assert rows["zero1"]["traffic_bytes_per_step"] == rows["zero2"]["traffic_bytes_per_step"]
+
+
+def test_expert_rows_are_the_legal_ones_and_the_rest_is_refused(capsys):
+    found = planned(capsys, "--config", "moe-876m", "--gpus", "8")
+    legal = {(row["ds_config"], row["moe_backend"], row["expert_parallel_size"]) for row in found["rows"]}
+    assert ("zero2", "deepspeed", 8) in legal and ("zero3", "torch", 1) in legal
+    assert not [row for row in legal if row[1] == "autoep"]  # its experts have biases
+    why = {(r["ds_config"], r["experts"]): r["reason"] for r in found["refused"]}
+    assert "cannot run under ZeRO-3" in why["zero3", "deepspeed x 8"]
+    assert "gated experts without biases" in why["zero1", "autoep x 8"]
+    assert {name for name, _, _ in legal} | {name for name, _ in why} == {path.stem for path in JSONS}
+    gated = planned(capsys, "--config", "moe-demo", "--gpus", "2")
+    assert ("moe_zero3", "autoep", 2) in {
+        (row["ds_config"], row["moe_backend"], row["expert_parallel_size"]) for row in gated["rows"]
+    }
+
+
+@pytest.mark.parametrize("config", YAMLS, ids=lambda path: path.stem)
+def test_every_config_has_a_row_for_every_json_in_120_columns(config, capsys):
+    words = ["--config", config.stem, "--gpus", "8", "--tokens", "1e9", "--price-per-gpu-hour", "0.25"]
+    assert plan.main(words) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    for path in JSONS:
+        assert any(path.stem in line.replace(",", " ").replace(":", " ").split() for line in text.splitlines()), path
+    assert "best: " in text and "assumed:" in text
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
+def test_one_json_in_detail_or_the_reason_it_is_refused(path, capsys):
+    for config in ("dense-171m", "moe-876m", "moe-demo"):
+        try:
+            assert plan.main(["--config", config, "--deepspeed", str(path)]) == 0
+        except SystemExit as end:
+            assert end.code == 2 and path.stem == "moe_zero3" and config != "moe-demo"
+            assert "refused: " in capsys.readouterr().err
+        else:
+            text = capsys.readouterr().out
+            assert "each GPU sends in a step: gradients" in text and f"best: {path.stem}" in text
+
+
+def test_days_and_cost_follow_the_budget(capsys):
+    found = planned(capsys, "--config", "dense-171m", "--tokens", "2e9", "--price-per-gpu-hour", "0.5")
+    for row in found["rows"]:
+        assert row["days"] == pytest.approx(2e9 / row["tokens_per_s"] / 86_400)
+        assert row["cost"] == pytest.approx(row["days"] * 24 * 8 * 0.5)
+    steps = planned(capsys, "--config", "demo", "--gpus", "1", "train.max_steps=10")
+    assert steps["tokens"] == 10 * 8 * 128
+
+
+def test_too_little_memory_asks_for_checkpointing_or_says_what_it_takes(capsys):
+    words = ["--config", "moe-876m", "data.seq_len=4096", "model.max_position_embeddings=4096", "--gpu-memory"]
+    assert plan.main([*words, "5"]) == 0
+    assert "nothing fits as configured: set train.gradient_checkpointing=true" in capsys.readouterr().out
+    assert planned(capsys, *words, "5", "train.gradient_checkpointing=true")["best"] is not None
+    with pytest.raises(SystemExit) as end:
+        plan.main([*words, "1"])
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "nothing fits on 8 GPU(s)" in message and "the least is" in message
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config", "dense-17m"], "did you mean `dense-171m`"),
+        (["--config", "demo", "--gpus", "0"], "--gpus 0: it must be a whole number above 0"),
+        (["--config", "demo", "--gpus", "1.5"], "--gpus 1.5"),
+        (["--config", "demo", "--gpu-memory", "x", "--mfu", "2"], "--mfu 2: it must be a number above 0, at most 1"),
+        (["--config", "demo", "--gpu-memory", "nan"], "--gpu-memory nan"),
+        (["--config", "demo", "--device", "rtx3091"], "did you mean `rtx3090`"),
+        (["--config", "demo", "--gpus", "3"], "does not divide"),
+        (["--config", "demo", "--tokens", "-5"], "--tokens -5"),
+        (["--config", "demo", "--deepspeed", "nowhere.json"], "no such file"),
+        (["--config", "demo", "train.max_stepz=3"], "did you mean `max_steps`"),
+    ],
+)
+def test_mistakes_are_one_error(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan.main(words)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and message in printed.err and not printed.out
+
+
+def test_the_command_needs_no_torch():
+    code = "import sys; from minillm.plan import main; code = main(sys.argv[1:]); "
+    code += "sys.exit(code or bool({'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)))"
+    words = [sys.executable, "-c", code, "--config", "moe-876m", "--gpus", "8", "--gpu-memory", "24"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert math.isfinite(float(done.stdout.split("tokens/s, ")[1].split()[0]))
