@@ -17,8 +17,7 @@ import sys
 import entry
 
 from minillm.accounting import num_parameters
-from minillm.config import RunConfig, model_overrides
-from minillm.presets import PRESETS
+from minillm.config import RunConfig
 from minillm.utils.errors import exit_on_user_error
 
 
@@ -79,9 +78,7 @@ def main() -> int:
 
 def count_parameters(run: RunConfig) -> int | None:
     """Of the planned model; None where only loading it would tell."""
-    fields = {**PRESETS[run.model.preset], **model_overrides(run)}
-    if run.model.init_from is not None:
-        fields, _ = entry.model_fields(run)
+    fields, _ = entry.model_fields(run)
     return None if fields is None else num_parameters(fields)["total"]
 
 
