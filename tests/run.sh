@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: installs what they need, checks the style, runs them.
 #
-#   bash tests/run.sh             the default set (under 15 minutes on 2 cores)
+#   bash tests/run.sh             the default set (about 16 minutes on 2 cores)
 #   bash tests/run.sh --slow      the slow ones (marker `slow`: 2 GB corpus, 8 ranks) as well
 #   bash tests/run.sh --slurm     those of the batch scripts (marker `slurm`) as well, on a Slurm of this machine
 #   bash tests/run.sh ARGS...     ARGS go to pytest, for example tests/models -k rope

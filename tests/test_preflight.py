@@ -120,6 +120,7 @@ def plan_of(settings: dict) -> Plan:
     return Plan(config, resolved, parameters(settings))
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_says_why(alone, tiny_settings, tmp_path):
     settings = {**tiny_settings, "run_root": str(tmp_path / "runs"), "optim.learning_rate": 1e30}
     data, trial = run_rows(alone, plan_of(settings), 120, connected=True, rows=[])
@@ -128,6 +129,7 @@ def test_a_trial_that_fails_says_why(alone, tiny_settings, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_broken_shard_fails_the_data(alone, tiny_data, tiny_settings, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(tiny_data["data.train"], shards)

@@ -109,6 +109,7 @@ def killed_and_straight(settings: dict[str, object], folder: Path, *parts: str) 
     return started
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_curve_is_that_of_an_unbroken_run(tiny_settings, tmp_path):
     killed_and_straight(tiny_settings, tmp_path, "--local_rank=1")
 

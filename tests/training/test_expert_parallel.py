@@ -27,7 +27,7 @@ _BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 BF16 = {stage: {**_BF16, "zero_optimization": {"stage": stage}} for stage in (2, 3)}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 CHECKPOINTED = {"train.gradient_checkpointing": True}
-GATED = ["mixtral-mini", "qwen3-moe-mini", "deepseek-v3-mini", "qwen3-next-mini"]
+GATED = ["mixtral-mini", "deepseek-v3-mini"]
 # name -> (preset, DeepSpeed's JSON, backend, expert-parallel size, other settings)
 Runs = dict[str, tuple[str, dict, str, int, dict]]
 STRAIGHT: Runs = {
@@ -35,11 +35,7 @@ STRAIGHT: Runs = {
     **{f"{p}-deepspeed": (p, FP32[2], "deepspeed", 2, {}) for p in (*GATED, "moe-876m")},
     **{f"{p}-autoep": (p, FP32[3], "autoep", 2, {}) for p in GATED},
     "mixtral-mini-deepspeed-one": ("mixtral-mini", FP32[1], "deepspeed", 1, {}),
-    "mixtral-mini-deepspeed-recompute": ("mixtral-mini", FP32[2], "deepspeed", 2, CHECKPOINTED),
-    "mixtral-mini-deepspeed-offload": ("mixtral-mini", OFFLOAD, "deepspeed", 2, {}),
     "mixtral-mini-autoep-two": ("mixtral-mini", FP32[2], "autoep", 2, {}),
-    "mixtral-mini-autoep-recompute": ("mixtral-mini", FP32[3], "autoep", 2, CHECKPOINTED),
-    "mixtral-mini-autoep-offload": ("mixtral-mini", OFFLOAD, "autoep", 2, {}),
     "mixtral-mini-bf16-torch": ("mixtral-mini", BF16[2], "torch", 1, {}),
     "mixtral-mini-bf16-deepspeed": ("mixtral-mini", BF16[2], "deepspeed", 2, {}),
     "mixtral-mini-bf16-autoep": ("mixtral-mini", BF16[3], "autoep", 2, {}),
@@ -47,15 +43,24 @@ STRAIGHT: Runs = {
         "mixtral-mini", FP32[2], "deepspeed", 2, {"model.moe_capacity_factor": 1.0, "model.moe_min_capacity": 1}
     ),
 }  # fmt: skip
+OTHERS = ["qwen3-moe-mini", "qwen3-next-mini"]
+MORE: Runs = {  # slow
+    **{f"{p}-torch": (p, FP32[2], "torch", 1, {}) for p in ("mixtral-mini", *OTHERS)},
+    **{f"{p}-deepspeed": (p, FP32[2], "deepspeed", 2, {}) for p in OTHERS},
+    **{f"{p}-autoep": (p, FP32[3], "autoep", 2, {}) for p in OTHERS},
+    "mixtral-mini-deepspeed-recompute": ("mixtral-mini", FP32[2], "deepspeed", 2, CHECKPOINTED),
+    "mixtral-mini-deepspeed-offload": ("mixtral-mini", OFFLOAD, "deepspeed", 2, {}),
+    "mixtral-mini-autoep-recompute": ("mixtral-mini", FP32[3], "autoep", 2, CHECKPOINTED),
+    "mixtral-mini-autoep-offload": ("mixtral-mini", OFFLOAD, "autoep", 2, {}),
+}  # fmt: skip
 # resumed in new processes to the same bits
-SAME = ["mixtral-mini-deepspeed", "mixtral-mini-autoep", "moe-876m-deepspeed", "deepseek-v3-mini-deepspeed",
-        "deepseek-v3-mini-autoep", "mixtral-mini-bf16-deepspeed", "mixtral-mini-bf16-autoep",
-        "mixtral-mini-dropping"]  # fmt: skip
+SAME = ["mixtral-mini-deepspeed", "moe-876m-deepspeed", "deepseek-v3-mini-autoep", "mixtral-mini-bf16-deepspeed",
+        "mixtral-mini-bf16-autoep", "mixtral-mini-dropping"]  # fmt: skip
 # (saved by) -> (ZeRO, backend, size) it goes on with
 OTHER = {
-    "deepseek-v3-mini-deepspeed": [(FP32[3], "autoep", 2), (FP32[1], "torch", 1), (FP32[1], "deepspeed", 1)],
-    "deepseek-v3-mini-autoep": [(FP32[2], "deepspeed", 2), (FP32[3], "torch", 1), (FP32[1], "autoep", 1)],
-    "mixtral-mini-torch": [(FP32[2], "deepspeed", 2), (FP32[3], "autoep", 2)],
+    "deepseek-v3-mini-deepspeed": [(FP32[3], "autoep", 2), (FP32[1], "torch", 1)],
+    "deepseek-v3-mini-autoep": [(FP32[2], "deepspeed", 2), (FP32[1], "autoep", 1)],
+    "mixtral-mini-torch": [(FP32[1], "deepspeed", 1), (FP32[3], "autoep", 2)],
 }
 ON_FOUR_RANKS = [("mixtral-mini-deepspeed", FP32[2], "deepspeed", 2), ("mixtral-mini-autoep", FP32[3], "autoep", 2),
                  ("deepseek-v3-mini-torch", FP32[3], "autoep", 4)]  # fmt: skip
@@ -195,7 +200,7 @@ def test_checkpoints_hold_every_expert_under_one_name(trained):
 def test_experts_differ_from_the_first_step_on(trained, tiny_settings):
     """DeepSpeed's MoE layer copies one expert; ours bring their own weights. Half-way they are far apart."""
     for backend in ("deepspeed", "autoep"):
-        experts = checkpoint(trained / f"qwen3-moe-mini-{backend}", HALF)["model.layers.0.mlp.experts.down_proj"]
+        experts = checkpoint(trained / f"mixtral-mini-{backend}", HALF)["model.layers.0.mlp.experts.down_proj"]
         distances = torch.pdist(experts.flatten(1))
         assert distances.min() > 0.5 * experts.flatten(1).norm(dim=1).min()
 
@@ -209,14 +214,27 @@ def test_dropping_is_counted_and_changes_the_losses(trained):
 
 
 @pytest.mark.parametrize("preset", GATED)
-@torch.no_grad()
 def test_what_shared_out_experts_learned_exports_to_transformers(trained, preset):
+    check_export(trained / f"{preset}-autoep")
+
+
+@torch.no_grad()
+def check_export(run_dir: Path) -> None:
     """Native class, the same logits, from a checkpoint that AutoEP's ranks wrote; no DeepSpeed on the way."""
-    ours = load_as_minillm(trained / f"{preset}-autoep" / "checkpoints" / f"step-{STEPS:06d}").eval()
+    ours = load_as_minillm(run_dir / "checkpoints" / f"step-{STEPS:06d}").eval()
     assert native_family(ours.config)
     theirs = to_transformers(ours).eval()
     ids = torch.randint(0, 384, (2, 17), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_other_presets_recomputation_and_offload(tiny_settings, tmp_path):
+    start(2, [case(name, tiny_settings, tmp_path, MORE) for name in MORE], tmp_path / "cases.json")
+    for name, (preset, *_) in MORE.items():
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / f"{preset}-torch"), rel=1e-5), name
+    for preset in OTHERS:
+        check_export(tmp_path / f"{preset}-autoep")
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ def test_the_whole_covers_every_legal_combination():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_exits_1_when_a_case_is_past_the_tolerance(tmp_path):
     words = [sys.executable, "-m", "minillm.parity", "--only", "tied, ZeRO-2", "fp32", "accumulation 1"]
     good = run(words, cwd=tmp_path)

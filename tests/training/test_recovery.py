@@ -63,8 +63,12 @@ def test_the_threshold_is_the_median_and_its_deviation():
 
 @pytest.mark.parametrize(
     "deepspeed",
-    [*({"zero_optimization": {"stage": stage}} for stage in (0, 2, 3)), BF16],
-    ids=["zero0", "zero2", "zero3", "bf16"],
+    [
+        pytest.param({"zero_optimization": {"stage": 0}}, id="zero0", marks=pytest.mark.slow),
+        pytest.param({"zero_optimization": {"stage": 2}}, id="zero2", marks=pytest.mark.slow),
+        pytest.param({"zero_optimization": {"stage": 3}}, id="zero3"),
+        pytest.param(BF16, id="bf16"),
+    ],
 )
 def test_a_skipped_update_leaves_no_trace(settings, tmp_path, deepspeed):
     skipping = {**settings, **JITTERY, "faults.on_loss_spike": "skip", "faults.max_recoveries": 1000}

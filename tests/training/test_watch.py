@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from minillm.training.watch import HUNG, SILENT
 from tests.launching import ROOT, checkpoint, environment, losses, metrics
 
@@ -59,6 +61,7 @@ def long_run(tiny_settings: dict, tmp_path: Path) -> dict:
     return {**tiny_settings, **own}
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_named(tiny_settings, tmp_path):
     """SIGSTOP: the process is there and does nothing, as in a hung driver."""
     code, log, seconds = run_until_hit(long_run(tiny_settings, tmp_path), tmp_path, signal.SIGSTOP, victim=1)
