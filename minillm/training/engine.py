@@ -111,7 +111,8 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
     if run.model.moe_capacity_factor is not None:
         capacity = Capacity(run.model.moe_capacity_factor, run.model.moe_min_capacity)
     options = dict(deepspeed_config.get("expert_parallel") or {})
-    if precision(deepspeed_config) == "fp32":  # its grouped products know bf16, or round to TF32 (RTX 3090)
+    if precision(deepspeed_config) == "fp32" and distributed.default_device().type == "cuda":
+        # There its grouped products know bf16 only, or round to TF32 (RTX 3090).
         options.setdefault("use_grouped_mm", False)
     parallelise_experts(
         model, run.model.moe_backend, run.model.expert_parallel_size, capacity=capacity, options=options
