@@ -2,157 +2,17 @@
 
 Contract: stdlib only. `fields` is a mapping with the architecture fields (an entry of PRESETS, one with overrides, or
 MiniLLMConfig.fields()). The predictions equal what a built model counts, which tests assert for every preset.
-`describe_layers` gives the same parameters layer by layer and part by part.
+Shapes of parameters are the one source: `describe_layers` and `num_parameters` count them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 
 from minillm.architecture import layer_types, mlp_layer_types
 
 Fields = Mapping[str, object]
-Parts = dict[str, int]
-
-
-def _norm(fields: Fields, size: int) -> int:
-    """A scale, and for LayerNorm a shift."""
-    return size * (2 if fields["norm_type"] == "layernorm" else 1)
-
-
-def _gqa(fields: Fields) -> Parts:
-    hidden, head = fields["hidden_size"], fields["head_dim"]
-    query, key_value = fields["num_attention_heads"] * head, fields["num_key_value_heads"] * head
-    query_out = query * (2 if fields["attention_output_gate"] else 1)
-    bias = 1 if fields["attention_bias"] else 0
-    return {
-        "q_proj": hidden * query_out + bias * query_out,
-        "k_proj": hidden * key_value + bias * key_value,
-        "v_proj": hidden * key_value + bias * key_value,
-        "o_proj": query * hidden + bias * hidden,
-        **({"q_norm": _norm(fields, head), "k_norm": _norm(fields, head)} if fields["qk_norm"] else {}),
-    }
-
-
-def _mla(fields: Fields) -> Parts:
-    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-    query = heads * (fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"])
-    rank, query_rank = fields["kv_lora_rank"], fields["q_lora_rank"]
-    if query_rank is None:
-        parts = {"q_proj": hidden * query}
-    else:
-        parts = {
-            "q_a_proj": hidden * query_rank,
-            "q_a_layernorm": _norm(fields, query_rank),
-            "q_b_proj": query_rank * query,
-        }
-    return {
-        **parts,
-        "kv_a_proj_with_mqa": hidden * (rank + fields["qk_rope_head_dim"]),
-        "kv_a_layernorm": _norm(fields, rank),
-        "kv_b_proj": rank * heads * (fields["qk_nope_head_dim"] + fields["v_head_dim"]),
-        "o_proj": heads * fields["v_head_dim"] * hidden,
-    }
-
-
-def _gated_deltanet(fields: Fields) -> Parts:
-    hidden, value_heads = fields["hidden_size"], fields["linear_num_value_heads"]
-    key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
-    value = value_heads * fields["linear_value_head_dim"]
-    return {
-        "q, k, v": hidden * (2 * key + value),
-        "z (gate)": hidden * value,
-        "a, b (decay, step)": 2 * hidden * value_heads,
-        "convolution": (2 * key + value) * fields["linear_conv_kernel_dim"],
-        "A_log, dt_bias": 2 * value_heads,
-        "norm": fields["linear_value_head_dim"],
-        "o_proj": value * hidden,
-    }
-
-
-def _mixer(fields: Fields, layer_type: str) -> Parts:
-    return _gated_deltanet(fields) if layer_type == "linear_attention" else ATTENTION_PARAMETERS[
-        fields["attention_type"]
-    ](fields)  # fmt: skip
-
-
-def _dense(fields: Fields, intermediate_size: int) -> int:
-    hidden = fields["hidden_size"]
-    if fields["mlp_type"] == "swiglu":
-        return 3 * hidden * intermediate_size
-    return 2 * hidden * intermediate_size + (hidden + intermediate_size if fields["mlp_bias"] else 0)
-
-
-ATTENTION_PARAMETERS: dict[str, Callable[[Fields], Parts]] = {"gqa": _gqa, "mla": _mla}
-
-
-def _feed_forward(fields: Fields, kind: str) -> tuple[Parts, int]:
-    """The parts of a block, and how many of its parameters a token does not use."""
-    if kind == "dense":
-        return {"mlp": _dense(fields, fields["intermediate_size"])}, 0
-    hidden, experts = fields["hidden_size"], fields["num_experts"]
-    expert = _dense(fields, fields["moe_intermediate_size"])
-    noisy = fields["router_type"] == "noisy_topk"
-    parts = {"gate": 2 * (hidden * experts + experts) if noisy else hidden * experts, "experts": experts * expert}
-    if fields["shared_expert_intermediate_size"]:
-        parts["shared_expert"] = _dense(fields, fields["shared_expert_intermediate_size"])
-        if fields["shared_expert_gate"]:
-            parts["shared_expert_gate"] = hidden
-        if fields["residual_moe"]:
-            parts["coefficient"] = 2 * hidden + 2
-    return parts, (experts - fields["num_experts_per_tok"]) * expert
-
-
-def describe_layers(fields: Fields) -> list[dict[str, object]]:
-    """One entry a layer: `mixer` and `mlp` (their kinds), `parts` (name -> parameters), `total`, `active`."""
-    layers = []
-    for mixer, mlp in zip(layer_types(fields), mlp_layer_types(fields), strict=True):
-        block, idle = _feed_forward(fields, mlp)
-        parts = {"norms": 2 * _norm(fields, fields["hidden_size"]), **_mixer(fields, mixer), **block}
-        total = sum(parts.values())
-        layers.append({"mixer": mixer, "mlp": mlp, "parts": parts, "total": total, "active": total - idle})
-    return layers
-
-
-def _multi_token(fields: Fields) -> tuple[int, int]:
-    """Parameters of one multi-token module, and those a token uses: like the last layer, a projection, three norms."""
-    last, hidden = describe_layers(fields)[-1], fields["hidden_size"]
-    extra = 2 * hidden * hidden + 3 * _norm(fields, hidden)
-    return last["total"] + extra, last["active"] + extra
-
-
-def num_parameters(fields: Fields) -> dict[str, int]:
-    """Count parameters.
-
-    Returns:
-        `total`: distinct parameters, a tied embedding once. `embedding`: the input embedding, learned positions, and
-        the output matrix when untied. `non_embedding`: total - embedding. `multi_token`: of the modules that predict
-        further ahead, which only training uses (part of total). `routed`: of experts that a router chooses from, all of
-        them (part of total): what expert parallelism shares out. `active`: parameters one generated token uses: the
-        experts it goes to, no multi-token module. `matmul`: the N of 6 N in training: every parameter one token uses
-        but look-ups (an untied input embedding, positions), with one more output product for each multi-token module.
-    """
-    layers, hidden = describe_layers(fields), fields["hidden_size"]
-    table = fields["vocab_size"] * hidden
-    positions = fields["max_position_embeddings"] * hidden if fields["position_embedding_type"] == "learned" else 0
-    modules = fields["num_nextn_predict_layers"]
-    module, module_active = _multi_token(fields) if modules else (0, 0)
-    embedding = (table if fields["tie_word_embeddings"] else 2 * table) + positions
-    last_norm = _norm(fields, hidden)
-    routed = [layer["parts"].get("experts", 0) for layer in layers]
-    active = sum(layer["active"] for layer in layers) + last_norm
-    non_embedding = sum(layer["total"] for layer in layers) + last_norm + modules * module
-    return {
-        "total": non_embedding + embedding,
-        "active": active + embedding,
-        "non_embedding": non_embedding,
-        "embedding": embedding,
-        "multi_token": modules * module,
-        "routed": sum(routed) + modules * routed[-1],
-        "matmul": active + table + modules * (module_active + table),
-    }
-
-
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -274,6 +134,71 @@ def parameter_shapes(fields: Fields) -> Shapes:
         }
         shapes |= {f"model.multi_token_modules.{number}.{name}": shape for name, shape in module.items()}
     return shapes if fields["tie_word_embeddings"] else {**shapes, "lm_head.weight": table}
+
+
+def describe_layers(fields: Fields) -> list[dict[str, object]]:
+    """One entry a layer: `mixer` and `mlp` (their kinds), `parts` (name -> parameters), `total`, `active`."""
+    layers = []
+    for mixer, mlp in zip(layer_types(fields), mlp_layer_types(fields), strict=True):
+        parts: dict[str, int] = {}
+        for name, shape in _layer_shapes(fields, mixer, mlp).items():
+            place, *inner = name.split(".")
+            part = "norms" if place.endswith("layernorm") else "mlp" if (place, mlp) == ("mlp", "dense") else inner[0]
+            parts[part] = parts.get(part, 0) + prod(shape)
+        total = sum(parts.values())
+        idle = 0
+        if mlp == "sparse":
+            idle = parts["experts"] // fields["num_experts"] * (fields["num_experts"] - fields["num_experts_per_tok"])
+        layers.append({"mixer": mixer, "mlp": mlp, "parts": parts, "total": total, "active": total - idle})
+    return layers
+
+
+def _norm(fields: Fields) -> int:
+    """Of a norm over the hidden size."""
+    return _count(_norm_shapes(fields, "norm", fields["hidden_size"]))
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(map(prod, shapes.values()))
+
+
+def _multi_token(fields: Fields) -> tuple[int, int]:
+    """Parameters of one multi-token module, and those a token uses: like the last layer, a projection, three norms."""
+    last, hidden = describe_layers(fields)[-1], fields["hidden_size"]
+    extra = 2 * hidden * hidden + 3 * _norm(fields)
+    return last["total"] + extra, last["active"] + extra
+
+
+def num_parameters(fields: Fields) -> dict[str, int]:
+    """Count parameters.
+
+    Returns:
+        `total`: distinct parameters, a tied embedding once. `embedding`: the input embedding, learned positions, and
+        the output matrix when untied. `non_embedding`: total - embedding. `multi_token`: of the modules that predict
+        further ahead, which only training uses (part of total). `routed`: of experts that a router chooses from, all of
+        them (part of total): what expert parallelism shares out. `active`: parameters one generated token uses: the
+        experts it goes to, no multi-token module. `matmul`: the N of 6 N in training: every parameter one token uses
+        but look-ups (an untied input embedding, positions), with one more output product for each multi-token module.
+    """
+    layers, hidden = describe_layers(fields), fields["hidden_size"]
+    table = fields["vocab_size"] * hidden
+    positions = fields["max_position_embeddings"] * hidden if fields["position_embedding_type"] == "learned" else 0
+    modules = fields["num_nextn_predict_layers"]
+    module, module_active = _multi_token(fields) if modules else (0, 0)
+    embedding = (table if fields["tie_word_embeddings"] else 2 * table) + positions
+    last_norm = _norm(fields)
+    routed = [layer["parts"].get("experts", 0) for layer in layers]
+    active = sum(layer["active"] for layer in layers) + last_norm
+    non_embedding = sum(layer["total"] for layer in layers) + last_norm + modules * module
+    return {
+        "total": non_embedding + embedding,
+        "active": active + embedding,
+        "non_embedding": non_embedding,
+        "embedding": embedding,
+        "multi_token": modules * module,
+        "routed": sum(routed) + modules * routed[-1],
+        "matmul": active + table + modules * (module_active + table),
+    }
 
 
 def flops_per_token(fields: Fields, seq_len: int) -> int:

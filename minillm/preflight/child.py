@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_START = 300.0  # Python and torch, from a slow network file system
 GRACE = 10.0  # seconds a child gets to fail by itself after another rank's failed
+LINGER = 3.0  # seconds a hung child is left alone: its end would break the calls of others about to name where they are
 
 
 @dataclass
@@ -120,6 +121,7 @@ def run_child(
     timeout: float,
     environment: dict[str, str] | None = None,
     others_failed: Callable[[], bool] = lambda: False,
+    on_timeout: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run `target` in a child process.
 
@@ -127,6 +129,7 @@ def run_child(
         timeout: seconds one stage may last.
         environment: variables set for the child only.
         others_failed: asked all the time; once true the child has GRACE seconds left.
+        on_timeout: called as soon as the child is found to hang, LINGER seconds before it is killed.
     """
     with tempfile.TemporaryDirectory(prefix="minillm-preflight-", ignore_cleanup_errors=True) as folder:
         report, log = Path(folder, "report.jsonl"), Path(folder, "log.txt")
@@ -144,6 +147,9 @@ def run_child(
             )
             try:
                 outcome = _watch(process, report, timeout, others_failed)
+                if outcome.kind == "timeout":
+                    on_timeout()
+                    time.sleep(LINGER)
             finally:
                 _kill(process)
         outcome.seconds = time.monotonic() - start

@@ -172,11 +172,15 @@ class Ranks:
             self.beat()
             return self._store.check([f"failed/{number}"])
 
+        def tell_others() -> None:
+            self._store.set(f"failed/{number}", str(self.rank))
+
         # The children's process groups meet at the same store, as clients.
         environment = {**order["environment"], "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        outcome = run_child(order["target"], order["arguments"], order["timeout"], environment, others_failed)
+        target, arguments, timeout = order["target"], order["arguments"], order["timeout"]
+        outcome = run_child(target, arguments, timeout, environment, others_failed, tell_others)
         if outcome.kind and outcome.kind != "stopped":
-            self._store.set(f"failed/{number}", str(self.rank))
+            tell_others()
         return outcome
 
     def _wait_for(self, key: str, rank: int) -> bytes | None:
