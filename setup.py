@@ -1,9 +1,25 @@
-"""Installation of minillm: `pip install -e .` (extras: tests, tensorboard, tiktoken)."""
+"""Installation of minillm: `pip install -e .` (extras: workshop, tests, tensorboard, tiktoken)."""
 
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+WORKSHOP = [  # what data_tools needs beyond training: readers, cleaning, topics, embeddings
+    "datasets>=4,<6",
+    "ftfy>=6.2",
+    "gensim>=4.4,<5",
+    "ijson>=3.2",
+    "jieba>=0.42",
+    "protego>=0.4",
+    "py3langid>=0.3",
+    "pyarrow>=18",
+    "pyldavis>=3.4.1",
+    "tomotopy>=0.13,<1",
+    "trafilatura>=2,<3",
+    "xxhash>=3.4",
+    "zstandard>=0.22",
+]
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "([^"]+)"', (here / "minillm" / "__init__.py").read_text()).group(1)
@@ -34,7 +50,12 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "tests": ["pytest>=8", "ruff>=0.6", "accelerate>=1.1", "tiktoken>=0.8"],
+        "workshop": WORKSHOP,
+        "tests": [
+            *WORKSHOP,
+            *["accelerate>=1.1", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.6"],
+            "tiktoken>=0.8",
+        ],
         "tiktoken": ["tiktoken>=0.8"],
         "tensorboard": ["tensorboard"],
     },

@@ -29,17 +29,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.files import PIECE_BYTES
+from data_tools.formats import is_text
 from data_tools.instructions import build_instructions, entry_id_of
 from data_tools.python_docs import is_held_out, normalized, parse, read_entries, source_files
-from data_tools.readers import (
-    PIECE_BYTES,
-    TEXT_SUFFIXES,
-    Document,
-    corpus_files,
-    document_texts,
-    iterate_documents,
-)
+from data_tools.readers import Document, document_texts, iterate_documents
+from data_tools.records import HUB, TEXT, TextField, corpus_files, known_suffixes
 from data_tools.synthetic import DOCUMENT_CHARACTERS, TASKS, Example, example_at
+from data_tools.workshop import add_text_options, text_field
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import read_json, sync_file, write_json
 from minillm.utils.logging import say, warn
@@ -158,7 +155,11 @@ def _without_docstrings(text: str, tree: ast.Module, held_out: set[str]) -> str:
 
 
 def build_folder(
-    source: Path, out: Path, validation_fraction: float | None = None, piece_bytes: int | None = None
+    source: Path,
+    out: Path,
+    validation_fraction: float | None = None,
+    piece_bytes: int | None = None,
+    text: TextField = TEXT,
 ) -> JsonlFiles:
     """Write the documents of a file or folder into `out`, split by a hash of the text.
 
@@ -171,6 +172,7 @@ def build_folder(
             nothing.
         piece_bytes: a text file longer than this becomes several documents, cut at line ends. None is PIECE_BYTES;
             given, the pieces of a single file are split by hash like other documents.
+        text: the field with the text.
 
     Raises:
         UserError: a fraction outside [0, 1), an empty corpus, a half without a document, unreadable content.
@@ -189,10 +191,10 @@ def build_folder(
     with JsonlFiles(out, names) as files:
         if single is not None:
             num_bytes = int(single.stat().st_size * (1 - tail_fraction))
-            _add_head_and_tail(files, iterate_documents(source, piece_bytes), num_bytes)
+            _add_head_and_tail(files, iterate_documents(source, piece_bytes, text), num_bytes)
             return _checked(files, tail_fraction)
         lowest = 1.0
-        for document in iterate_documents(source, piece_bytes):
+        for document in iterate_documents(source, piece_bytes, text):
             place = _unit_hash(document_texts(document))
             lowest = min(lowest, place)
             files.add(names[place < validation_fraction], document)
@@ -201,10 +203,10 @@ def build_folder(
             files.clear()
             if num_documents == 1:
                 _add_head_and_tail(
-                    files, iterate_documents(source, piece_bytes), int(num_bytes * (1 - tail_fraction))
+                    files, iterate_documents(source, piece_bytes, text), int(num_bytes * (1 - tail_fraction))
                 )
             else:
-                for document in iterate_documents(source, piece_bytes):
+                for document in iterate_documents(source, piece_bytes, text):
                     files.add(names[_unit_hash(document_texts(document)) <= lowest], document)
         return _checked(files, validation_fraction)
 
@@ -222,8 +224,10 @@ def _checked(files: JsonlFiles, validation_fraction: float) -> JsonlFiles:
 
 def _single_text_file(source: Path) -> Path | None:
     """The one file of a corpus that is a single text file."""
+    if str(source).startswith(HUB):
+        return None
     files = list(itertools.islice((file for file, _ in corpus_files([source])), 2))
-    return files[0] if len(files) == 1 and files[0].suffix in TEXT_SUFFIXES else None
+    return files[0] if len(files) == 1 and is_text(files[0]) else None
 
 
 def _add_head_and_tail(files: JsonlFiles, documents: Iterable[Document], head_bytes: int) -> None:
@@ -341,8 +345,10 @@ def main() -> None:
     docs = commands.add_parser("python-docs", help="this machine's Python documentation, with an instruction set")
     docs.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the four .jsonl files")
     docs.add_argument("--source", action="store_true", help="add the standard library's source code (about 12 MB)")
-    folder = commands.add_parser("folder", help="a folder of .txt, .md and .jsonl (text or messages) files")
-    folder.add_argument("source", type=Path, metavar="SRC", help="folder, or one file")
+    folder = commands.add_parser("folder", help="your own files, or a folder of them")
+    folder.add_argument("source", type=Path, metavar="SRC",
+                        help=f"folder, one file, or hf:OWNER/NAME[:CONFIG][:SPLIT]; {known_suffixes()}")  # fmt: skip
+    add_text_options(folder)
     folder.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two .jsonl files")
     folder.add_argument("--validation-fraction", type=float, metavar="F",
                         help=f"share held out (default {VALIDATION_FRACTION} of the documents, or the last "
@@ -368,7 +374,13 @@ def main() -> None:
             floor = read_json(arguments.out / "summary.json")["entropy_floor_nats_per_token"]
             say(f"{arguments.out / 'summary.json'}: the lowest loss is {floor} nats a character")
         else:
-            files = build_folder(arguments.source, arguments.out, arguments.validation_fraction, arguments.piece_bytes)
+            files = build_folder(
+                arguments.source,
+                arguments.out,
+                arguments.validation_fraction,
+                arguments.piece_bytes,
+                text_field(arguments),
+            )
         files.report(arguments.out)
 
 

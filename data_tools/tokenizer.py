@@ -24,7 +24,8 @@ from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.readers import document_texts, iterate_documents, read_text_pieces
+from data_tools.formats import is_text, read_text_pieces, suffix_of
+from data_tools.readers import document_texts, iterate_documents
 from minillm.data.foreign_tokenizer import complete_tokenizer, open_tokenizer
 from minillm.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -164,10 +165,10 @@ def _print_file(tokenizer: PreTrainedTokenizerFast, lengths: Sized, file: Path) 
 
 
 def _texts_of_file(file: Path) -> Iterator[str]:
-    """A .jsonl corpus by documents; any other file as UTF-8 text."""
+    """A corpus of records by documents; any other file as UTF-8 text."""
     if not file.is_file():
         raise UserError(f"there is no file {file}: name text files, or .jsonl files with text or messages")
-    if file.suffix == ".jsonl":
+    if suffix_of(file) and not is_text(file):
         for document in iterate_documents(file):
             yield from document_texts(document)
     else:

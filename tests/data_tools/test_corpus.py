@@ -16,9 +16,11 @@ import pytest
 
 from data_tools.builtin import prepare_builtin
 from data_tools.corpus import build_folder
+from data_tools.files import PIECE_BYTES
+from data_tools.formats import read_text_pieces
 from data_tools.instructions import build_instructions
 from data_tools.python_docs import Entry, is_held_out, normalized
-from data_tools.readers import PIECE_BYTES, iterate_documents, read_text_pieces
+from data_tools.readers import iterate_documents
 from minillm.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
