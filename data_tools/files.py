@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data_tools.extras import require
 from minillm.utils.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst")
@@ -99,8 +100,6 @@ class _Zstandard(io.RawIOBase):
     """Decompresses frame after frame. The library's own stream_reader takes a file that was cut off for a short one."""
 
     def __init__(self, raw: io.BufferedReader):
-        from data_tools.workshop import require
-
         self._library = require("zstandard")
         self._raw, self._frame, self._held, self._rest = raw, None, b"", b""
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_tools.extras import require
 from data_tools.files import (
     COMPRESSIONS,
     PIECE_BYTES,
@@ -244,8 +245,6 @@ def _is_unicode(text: str) -> bool:
 
 
 def _read_parquet(span: Span, progress: Progress) -> Iterator[Raw | Rejected]:
-    from data_tools.workshop import require
-
     require("pyarrow")
     file = _parquet(span.path)
     number = span.first
@@ -258,8 +257,6 @@ def _read_parquet(span: Span, progress: Progress) -> Iterator[Raw | Rejected]:
 
 
 def _split_parquet(span: Span, unit_bytes: int) -> list[Span]:
-    from data_tools.workshop import require
-
     require("pyarrow")
     file = _parquet(span.path)
     spans: list[Span] = []
@@ -289,8 +286,6 @@ def _group_bytes(file, group: int) -> int:
 
 
 def _read_json(span: Span, progress: Progress) -> Iterator[Raw | Rejected]:
-    from data_tools.workshop import require
-
     ijson = require("ijson")
     with open_binary(span.path, progress) as file:
         if file.read(3) != codecs.BOM_UTF8:

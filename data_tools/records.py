@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_tools.extras import require
 from data_tools.files import PIECE_BYTES, Progress, Raw, Record, Rejected, Span, check_content
 from data_tools.formats import FORMATS, format_of, is_json_list, suffix_of
 from minillm.utils.errors import UserError
@@ -262,8 +263,6 @@ def _rule_of(folder: Path) -> str:
 
 
 def _hub_dataset(name: str):
-    from data_tools.workshop import require
-
     datasets = require("datasets")
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")

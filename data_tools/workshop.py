@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
-import importlib.util
 import io
 import json
 import os
@@ -22,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
+from data_tools.extras import require
 from data_tools.parallel import identity, run_units, work_folder
 from data_tools.records import (
     TEXT,
@@ -44,17 +43,6 @@ from minillm.utils.logging import say
 EXAMPLES = 5  # kept of every reason
 _EXAMPLE_CHARACTERS = 200
 _COMPRESSIONS = {"none": ".jsonl", "gz": ".jsonl.gz", "zst": ".jsonl.zst"}
-
-
-def require(module: str, package: str | None = None) -> ModuleType:
-    """Import a library that only the workshop needs.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        raise UserError(f'this needs the package {package or module}: pip install -e ".[workshop]"')
-    return importlib.import_module(module)
 
 
 # -- command lines -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import entry
 
 from minillm.accounting import num_parameters
 from minillm.config import RunConfig
+from minillm.training.resolve import model_fields
 from minillm.utils.errors import exit_on_user_error
 
 
@@ -78,7 +79,7 @@ def main() -> int:
 
 def count_parameters(run: RunConfig) -> int | None:
     """Of the planned model; None where only loading it would tell."""
-    fields, _ = entry.model_fields(run)
+    fields, _ = model_fields(run)
     return None if fields is None else num_parameters(fields)["total"]
 
 

@@ -155,18 +155,7 @@ def planned_seconds(run: RunConfig, values: dict, arguments: argparse.Namespace)
         why = f"the model is {name}" if fields is None else epochs
         fix = "--hours H" if fields is None else "--tokens N (of the whole run) or --hours H"
         raise UserError(f"the time limit cannot be planned: {why}; give {fix}")
-    setup = Setup(
-        fields=fields,
-        values=values,
-        world_size=arguments.nodes * arguments.gpus,
-        backend=run.model.moe_backend,
-        expert_parallel=run.model.expert_parallel_size,
-        batch=run.train.train_batch_size,
-        length=run.data.seq_len,
-        micro=run.train.train_micro_batch_size_per_gpu,
-        checkpointing=run.train.gradient_checkpointing,
-        capacity=run.model.moe_capacity_factor,
-    )
+    setup = Setup.of(run, fields, values, arguments.nodes * arguments.gpus)
     device = DEVICES[arguments.device]
     seconds = speed(setup, device, arguments.mfu).seconds
     return steps * seconds, f"{steps:,.0f} steps x {seconds:.3g} s on {setup.world_size} x {device.name} (planned)"

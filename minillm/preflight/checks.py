@@ -1,7 +1,7 @@
 """Everything that can be known before a run starts: one table, each row ok, warn or fail with its fix.
 
-Contract: rank 0 gives the orders and prints; the others serve (preflight_ranks.py). Every check runs in a child process
-with a time limit (preflight_child.py), so that a hang is a row that names who stood where, and not a hang. Rank 0's
+Contract: rank 0 gives the orders and prints; the others serve (ranks.py). Every check runs in a child process
+with a time limit (child.py), so that a hang is a row that names who stood where, and not a hang. Rank 0's
 exit code is 1 where a row fails; the others leave with 0, since a launcher ends all ranks at the first other code.
 """
 

@@ -76,10 +76,10 @@ def disk_row(name: str, folder: Path, planned: tuple[int, int, int] | None) -> R
             "or choose a folder on another file system"
         )
         return Row(name, FAIL, found, fix, values)
-    return judgespace(Row(name, OK, found, values=values), planned)
+    return judge_space(Row(name, OK, found, values=values), planned)
 
 
-def judgespace(row: Row, planned: tuple[int, int, int] | None) -> Row:
+def judge_space(row: Row, planned: tuple[int, int, int] | None) -> Row:
     """Compare a disk with the planned checkpoints."""
     if planned is None:
         return row

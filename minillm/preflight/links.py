@@ -1,6 +1,6 @@
 """Communication before a run: an all-reduce, and every pair of ranks on its own, with the contents checked.
 
-Contract: `probe` runs in a child of every rank (preflight_child.py) and names each call before it is made, so that one
+Contract: `probe` runs in a child of every rank (child.py) and names each call before it is made, so that one
 that hangs is known by pair and call.
 """
 

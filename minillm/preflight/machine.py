@@ -1,6 +1,6 @@
 """The machine before a run: device, driver, cores, memory, limits, and what is installed.
 
-Contract: `look` runs in a child of every rank (preflight_child.py): a dead network file system or a driver that hangs
+Contract: `look` runs in a child of every rank (child.py): a dead network file system or a driver that hangs
 is timed out there. What belongs to a machine is looked at by its first rank only.
 """
 

@@ -1,7 +1,7 @@
 """The ranks of a preflight: one that gives orders (rank 0) and others that carry them out, over a key-value store.
 
 Contract: no collective and no GPU in these processes, only torch's TCPStore, polled; so a rank that hangs or dies
-cannot hang another. Whatever could hang runs in children (preflight_child.py). Every wait has an end: a rank shows that
+cannot hang another. Whatever could hang runs in children (child.py). Every wait has an end: a rank shows that
 it lives while it works, and one that has been silent for `silence` seconds is given up and named.
 """
 

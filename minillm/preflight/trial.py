@@ -1,6 +1,6 @@
 """The real run, for two steps: its data, model, DeepSpeed JSON and micro-batch, and one checkpoint.
 
-Contract: `try_run` runs in a child of every rank (preflight_child.py). The run folder is a new one in run_root, which
+Contract: `try_run` runs in a child of every rank (child.py). The run folder is a new one in run_root, which
 the caller removes; no W&B, no validation, no samples. The learning rate is the configured peak from the first step on,
 harder than the warm-up of the run itself. What it costs and where it fails comes back; nothing else is left.
 """

@@ -1,9 +1,9 @@
 """Predicted memory, speed, traffic and cost of a run, before the first GPU hour.
 
-Contract: stdlib only, pure functions. States, buffers and traffic are planned_states', activations are
+Contract: no torch, pure functions. States, buffers and traffic are planned_states', activations are
 planned_activations'; here they become a peak, the largest micro-batch, a step's time, and a choice among DeepSpeed
 configurations. DeepSpeed's own estimators (estimate_zero*_model_states_mem_needs) leave activations, logits and buffers
-out. What is assumed and not derived stands in ASSUMPTIONS and is printed with every plan.
+out. What is assumed and not derived is what `assumptions` says, and is printed with every plan.
 
 Units: bytes, seconds, of one GPU unless said otherwise.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from minillm.accounting import flops_per_token
 from minillm.architecture import mlp_layer_types
+from minillm.config import RunConfig
 from minillm.training.deepspeed_config import precision
 from minillm.training.devices import Device
 from minillm.training.planned_activations import IMBALANCE, activations
@@ -56,6 +57,22 @@ class Setup:
     micro: int
     checkpointing: bool
     capacity: float | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig, fields: Fields, values: dict[str, Any], world_size: int) -> Setup:
+        """A run's own way."""
+        return cls(
+            fields=fields,
+            values=values,
+            world_size=world_size,
+            backend=run.model.moe_backend,
+            expert_parallel=run.model.expert_parallel_size,
+            batch=run.train.train_batch_size,
+            length=run.data.seq_len,
+            micro=run.train.train_micro_batch_size_per_gpu,
+            checkpointing=run.train.gradient_checkpointing,
+            capacity=run.model.moe_capacity_factor,
+        )
 
     @property
     def micro_steps(self) -> int:
