@@ -31,6 +31,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["minillm", "minillm.*", "data_tools", "data_tools.*"]),
+    package_data={"data_tools": ["*.yaml", "*/*.yaml", "*/*.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.14",

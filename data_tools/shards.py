@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="corpus files -> text shards")
-    build.add_argument("--corpus", required=True, nargs="+", type=Path, metavar="PATH", help="files or folders")
+    build.add_argument("--corpus", required=True, nargs="+", type=Path, metavar="PATH",
+                       help="files, folders, or hf:OWNER/NAME[:CONFIG][:SPLIT]")  # fmt: skip
     build.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the shards")
     build.add_argument("--shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="BYTES", help="64M by default")
     build.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
@@ -84,14 +85,15 @@ def build_shards(
     """
     from tqdm import tqdm
 
-    from data_tools.readers import corpus_files, iterate_documents
+    from data_tools.readers import iterate_documents
+    from data_tools.records import find_units
     from data_tools.shuffle import num_buckets_for, shuffled_records
 
     corpus = [Path(corpus)] if isinstance(corpus, (str, Path)) else [Path(path) for path in corpus]
     out = Path(out)
     temporary = _new_folder(out)
     try:
-        num_buckets = num_buckets_for(sum(file.stat().st_size for file, _ in corpus_files(corpus)))
+        num_buckets = num_buckets_for(sum(unit.size for unit in find_units(corpus)))
         kinds: set[str] = set()
         documents = tqdm(iterate_documents(corpus), desc="reading", unit=" documents", disable=None, file=sys.stderr)
         records = _records(documents, shard_size, kinds)

@@ -205,7 +205,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a tokenizer on a corpus")
     train.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="PATH",
-                       help=".txt, .md and .jsonl files, or folders of them")  # fmt: skip
+                       help="files, folders, or hf:OWNER/NAME[:CONFIG][:SPLIT]")  # fmt: skip
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the tokenizer")
     train.add_argument("--vocab-size", type=int, default=4096, metavar="N",
                        help="tokens at most, special tokens and the 256 bytes included (default 4096)")  # fmt: skip

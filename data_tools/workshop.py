@@ -258,7 +258,7 @@ def _run_stage_on_unit(unit: Unit, arguments: dict, work: Path, progress: Callab
             for one in answer if isinstance(answer, list) else [answer]:
                 if isinstance(one, Rejected):
                     shown = one.text or ("" if isinstance(record, Rejected) else _beginning(record))
-                    _count_rejected(result, one, shown)
+                    count_rejected(result, one, shown)
                 else:
                     file.write(encode(one))
                     result["records_out"] += 1
@@ -271,7 +271,8 @@ def _beginning(record: Record) -> str:
     return record_text(record)[:_EXAMPLE_CHARACTERS] if "text" in record or "messages" in record else ""
 
 
-def _count_rejected(result: dict, one: Rejected, text: str) -> None:
+def count_rejected(result: dict, one: Rejected, text: str) -> None:
+    """Count a rejected record in a unit's result, and keep the first few as examples."""
     result["rejected"][one.reason] = result["rejected"].get(one.reason, 0) + 1
     examples = result["examples"].setdefault(one.reason, [])
     if len(examples) < EXAMPLES:

@@ -1,0 +1,1 @@
+"""What data_tools.inspect measures, and the page it draws."""
