@@ -4,7 +4,7 @@
 #   bash tests/run.sh             the default set (about 16 minutes on 2 cores)
 #   bash tests/run.sh --slow      the slow ones (marker `slow`: 2 GB corpus, 8 ranks) as well
 #   bash tests/run.sh --faults    the fault campaign (marker `faults`: kills, damage, full disks) as well
-#   bash tests/run.sh --slurm     those of the batch scripts (marker `slurm`) as well, on a Slurm of this machine
+#   bash tests/run.sh --slurm     the batch scripts on a Slurm of this machine, and two hosts (marker `slurm`) as well
 #   bash tests/run.sh ARGS...     ARGS go to pytest, for example tests/models -k rope
 set -euo pipefail
 cd "$(dirname "$0")/.."
