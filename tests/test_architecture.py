@@ -137,5 +137,5 @@ def test_nothing_is_unpickled():
 def test_the_top_level_is_as_given():
     visible = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     built = {"data", "runs", "build", "minillm.egg-info", "__pycache__"}
-    expected = {"launch", "ds_configs", "minillm", "data_tools", "tests", "setup.py", "README.md"}
+    expected = {"launch", "ds_configs", "minillm", "data_tools", "tests", "setup.py", "README.md", "README.zh.md"}
     assert visible - built == expected
