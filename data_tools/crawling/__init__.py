@@ -1,0 +1,1 @@
+"""A polite crawler: addresses, robots.txt, fetching, pages, the frontier on disk, the loop."""

@@ -1,0 +1,1 @@
+"""Loading corpora from the net: the catalogue, the hubs' listings, resumable transfers, conversion."""
