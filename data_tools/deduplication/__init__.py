@@ -1,0 +1,1 @@
+"""What `data_tools.dedup` and `data_tools.contamination` are made of: shingles, signatures, runs on disk, clusters."""
