@@ -1,0 +1,1 @@
+"""Topic models of a text column: tokens, vocabulary, engines, coherence, pictures, pages, labels (data_tools.lda)."""
