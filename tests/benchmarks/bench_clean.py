@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "sft-samples" / "c4_demo.jsonl"
 RULES = "gopher,c4,-c4_line_end"
-DATATROVE_PYTHON = os.environ.get("DATATROVE_PYTHON", "/tmp/work/datatrove-venv/bin/python")
+DATATROVE_PYTHON = os.environ.get("DATATROVE_PYTHON", "datatrove-venv/bin/python")
 
 
 def clean_ours(paths: list[Path], out: Path, workers: int) -> float:

@@ -7,7 +7,7 @@
 Speed: both get the same .jsonl files (two, one a core), shingles of 5 words, 14 bands of 8 rows, 2 processes, and
 write the corpus without its duplicates: datatrove runs its four steps (signatures, buckets, clusters, filter) with the
 rest of its defaults. datatrove is no dependency of the project: --datatrove names a Python that has it (default
-/tmp/work/datatrove-venv/bin/python). Ours also removes exact duplicates and verifies every candidate.
+DATATROVE_PYTHON, or datatrove-venv/bin/python). Ours also removes exact duplicates and verifies every candidate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
-DATATROVE = Path("/tmp/work/datatrove-venv/bin/python")
+DATATROVE = Path(os.environ.get("DATATROVE_PYTHON", "datatrove-venv/bin/python"))
 SENTENCES_A_DOCUMENT = (8, 40)
 COPIES = 0.1  # share of near copies in the corpus for the speed
 
