@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # works from a clone without `pip install`
     sys.path.insert(0, str(ROOT))
 
+import minillm.training.signals  # noqa: E402, F401 (first: it looks who started this process)
 from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
 from minillm.config import RunConfig  # noqa: E402
 from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
-from minillm.training.resolve import model_fields, resolve_run  # noqa: E402
+from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
 from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 
@@ -54,6 +55,7 @@ def main(stage: str, description: str, default_config: str) -> int:
         if arguments.dry_run:
             print_plan(run, deepspeed_config, ranks(arguments))
             return 0
+        check_places(run, reads=not uses_builtin_data(run))
         prepare_builtin_data(run)
         from minillm.training.loop import train  # after the checks: torch and DeepSpeed take seconds to import
 

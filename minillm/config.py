@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from minillm.architecture import DEFAULTS, context_problems, problems_of
 from minillm.presets import PRESETS
@@ -26,7 +27,19 @@ RUN_NAME = r"^\w[\w.\-]*$"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=False)
+    model_config = ConfigDict(extra="forbid", validate_assignment=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name in cls.model_fields else None
+        if isinstance(value, bool) and _is_numeric(annotation):
+            raise PydanticCustomError("number", "must be a number, not true or false")
+        return value
+
+
+def _is_numeric(annotation: object) -> bool:
+    return annotation in (int, float) or any(_is_numeric(part) for part in get_args(annotation))
 
 
 class ModelSection(Section):
@@ -191,6 +204,8 @@ def load_run_config(config: str, overrides: list[str], *, stage: str, configs_di
     origin: dict[str, str] = {}
     problems = apply_overrides(values, overrides, origin)
     values.setdefault("run_name", path.stem)
+    if values.get("stage") not in (None, stage):
+        problems.append(f"stage = {values['stage']!r}: launch/pretrain.py and launch/sft.py decide it; leave it out")
     values["stage"] = stage
     try:
         run = RunConfig.model_validate(values)
@@ -219,11 +234,27 @@ def find_config(config: str, configs_dir: Path) -> Path:
     raise UserError(f"--config {config}: no such file, and no such name in {configs_dir}{nearest(config, names)}")
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # <<, which may come several times
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        plain = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
+        for number, key in enumerate(plain):
+            if key.value in (other.value for other in plain[:number]):
+                place = f"line {key.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice ({place}); keep one")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path} must be a mapping of sections, not a {type(values).__name__}")
     return values
@@ -308,6 +339,10 @@ def check_run_config(run: RunConfig) -> list[str]:
         problems.append("data.validation: given without data.train; give both, or neither for the built-in corpus")
     if run.data.train is not None and run.data.tokenizer is None and run.model.init_from is None:
         problems.append("data.tokenizer: needed with data.train; make one with `python -m data_tools.tokenizer train`")
+    for name, sources in (("data.train", run.data.train), ("data.validation", run.data.validation)):
+        names = [source.name for source in sources] if isinstance(sources, list) else []
+        if twice := sorted({one for one in names if names.count(one) > 1}):
+            problems.append(f"{name}: the name {twice[0]} is given twice; metrics are kept by name, so choose others")
     if run.data.stride is not None and run.packing != "concat":
         problems.append(f"data.stride = {run.data.stride}: only data.packing=concat has windows; leave it out")
     elif run.data.stride is not None and run.data.stride > run.data.seq_len:

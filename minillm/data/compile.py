@@ -27,7 +27,6 @@ from minillm.data.shards import (
     BadSample,
     Document,
     TextShard,
-    decode_sample,
     iterate_samples,
 )
 from minillm.data.tar import DamagedTar
@@ -174,6 +173,8 @@ def _compile(
                 bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
     if counts["num_documents"] == 0:
         raise UserError(f"{shards[0].path.parent} holds no document: there is nothing to tokenize")
+    if counts["num_target_tokens"] == 0:
+        raise UserError(f"{shards[0].path.parent} holds empty documents only: there is nothing to learn from")
     return {
         "dtype": dtype.str,
         "chunk_tokens": CHUNK_TOKENS,
@@ -206,6 +207,8 @@ def plan_shard(shard: TextShard) -> Plan:
                 num_samples += 1
     except DamagedTar as error:
         problem = f"{shard.path}: {error}"
+    except OSError as error:
+        problem = f"{shard.path} cannot be read ({error.strerror})"
     if num_samples:
         units.append(Unit(shard.path, start, end, size))
     if problem is None and shard.num_samples not in (None, num_samples):
@@ -221,7 +224,7 @@ def _encode_unit(unit: Unit) -> Encoded:
         for sample in iterate_samples(file, unit.start, unit.end):
             where = f"{unit.path}: sample {sample.key!r}"
             try:
-                documents.append(_checked(decode_sample(sample.fields), conversations, where))
+                documents.append(_checked(sample.document(), conversations, where))
             except BadSample as error:
                 bad.append(f"{where}: {error}")
     encode = _encode_conversations if conversations else _encode_texts

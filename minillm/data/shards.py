@@ -13,8 +13,10 @@ json and txt are decoded (nothing is unpickled, nothing is run), and no key or n
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,9 +33,20 @@ TEXTS, CONVERSATIONS = "texts", "conversations"
 _REQUIRED = {
     TEXT_FORMAT: ((), ("num_samples",)),
     TOKEN_FORMAT: (
-        ("dtype", "chunk_tokens", "has_loss_mask", "tokenizer", "eos_token_id", "num_bad_samples"),
+        ("dtype", "chunk_tokens", "has_loss_mask", "tokenizer", "eos_token_id", "num_bad_samples", "num_tokens",
+         "num_documents"),
         ("num_tokens", "num_documents", "tail_crc32"),
     ),
+}  # fmt: skip
+_OPTIONAL = ("documents", "num_samples", "vocab_size")
+# what they hold, where it is no count
+_VALID: dict[str, Callable[[object], bool]] = {
+    "sha256": lambda value: isinstance(value, str),
+    "tokenizer": lambda value: isinstance(value, str),
+    "dtype": lambda value: value in ("<u2", "<u4"),
+    "has_loss_mask": lambda value: isinstance(value, bool),
+    "documents": lambda value: value in (TEXTS, CONVERSATIONS),
+    "chunk_tokens": lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
 }
 _SHARD_NAME = re.compile(r"[^./\\\x00][^/\\\x00]*\.tar")
 
@@ -54,14 +67,17 @@ class TextShard(NamedTuple):
 
     def problem(self, check_content: bool = True) -> str | None:
         """What is wrong with the file as a whole, or None. Without an index only its absence can be seen here."""
-        if not self.path.is_file():
-            return f"{self.path} is missing"
-        size = self.path.stat().st_size
-        if self.num_bytes is not None and size != self.num_bytes:
-            cut = "was cut short" if size < self.num_bytes else "was changed"
-            return f"{self.path} {cut}: it has {size} bytes, its {INDEX} says {self.num_bytes}"
-        if check_content and self.sha256 is not None and sha256_file(self.path) != self.sha256:
-            return f"{self.path} does not match the checksum in its {INDEX}"
+        try:
+            if not self.path.is_file():
+                return f"{self.path} is missing"
+            size = self.path.stat().st_size
+            if self.num_bytes is not None and size != self.num_bytes:
+                cut = "was cut short" if size < self.num_bytes else "was changed"
+                return f"{self.path} {cut}: it has {size} bytes, its {INDEX} says {self.num_bytes}"
+            if check_content and self.sha256 is not None and sha256_file(self.path) != self.sha256:
+                return f"{self.path} does not match the checksum in its {INDEX}"
+        except OSError as error:
+            return f"{self.path} cannot be read ({error.strerror})"
         return None
 
 
@@ -80,9 +96,12 @@ def read_shard_index(folder: Path) -> dict | None:
         UserError: it is not JSON, of a format this version does not know, or names a file outside its folder.
     """
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    return check_shard_index(read_json(path), str(path))
+    try:
+        return check_shard_index(read_json(path), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): write the shards again") from error
 
 
 def check_shard_index(index: object, where: str) -> dict:
@@ -93,18 +112,47 @@ def check_shard_index(index: object, where: str) -> dict:
         raise UserError(f"{where} has format {found!r}, known are {' and '.join(known)}: is this a folder of shards?")
     header, entry = _REQUIRED[found]
     try:
-        for key in header:
-            index[key]  # type: ignore[index]  # noqa: B018
+        for key in (*header, *(key for key in _OPTIONAL if key in index)):  # type: ignore[operator]
+            _check(index, key)  # type: ignore[arg-type]
+        if not index.get("eos_token_id", 0) < index.get("vocab_size", math.inf):  # type: ignore[union-attr]
+            raise ValueError(f"eos_token_id is {index['eos_token_id']}, above its vocabulary")  # type: ignore[index]
+        names = set()
         for shard in index["shards"]:  # type: ignore[index]
             if not _SHARD_NAME.fullmatch(shard["name"]):
                 raise UserError(f"{where} names a shard {shard['name']!r}: names must be plain NAME.tar")
-            if not isinstance(shard["bytes"], int) or not isinstance(shard["sha256"], str):
-                raise TypeError("bytes or sha256")
-            for key in entry:
-                shard[key]  # noqa: B018
-    except (KeyError, TypeError) as error:
+            if shard["name"] in names:
+                raise ValueError(f"{shard['name']} is listed twice")
+            names.add(shard["name"])
+            for key in ("bytes", "sha256", *entry):
+                _check(shard, key)
+            if found == TOKEN_FORMAT:
+                _check_size(shard, index)  # type: ignore[arg-type]
+    except KeyError as error:
+        raise UserError(f"{where} is damaged (no {error}): write the shards again") from error
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged ({error}): write the shards again") from error
     return index  # type: ignore[return-value]
+
+
+def _check(values: dict, key: str) -> None:
+    """An index's value under `key`: a count where nothing else is said of it."""
+    value = values[key]
+    if key in _VALID:
+        if not _VALID[key](value):
+            raise ValueError(f"{key} is {value!r}")
+    elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{key} is {value!r}, which counts nothing")
+
+
+def _check_size(shard: dict, index: dict) -> None:
+    from minillm.data.token_shards import shard_bytes
+
+    counts = shard["num_tokens"], shard["num_documents"]
+    if min(counts) < 1 or counts[0] < counts[1]:
+        raise ValueError(f"{shard['name']} has {counts[0]} tokens in {counts[1]} documents")
+    needed = shard_bytes(*counts, index["chunk_tokens"], index["dtype"], index["has_loss_mask"])
+    if needed != shard["bytes"]:
+        raise ValueError(f"{shard['name']} has {shard['bytes']} bytes, its counts take {needed}")
 
 
 def text_shards_of_index(folder: Path, index: dict) -> list[TextShard]:
@@ -116,13 +164,23 @@ def text_shards_of_index(folder: Path, index: dict) -> list[TextShard]:
 
 
 class Sample(NamedTuple):
-    """A run of members with one key, standing in [start, end) of its tar; `size` is the bytes of their data."""
+    """A run of members with one key, standing in [start, end) of its tar; `size` is the bytes of their data.
+
+    `twice` is the extension of a member that is there twice: which of them is meant, nobody knows.
+    """
 
     key: str
     start: int
     end: int
     size: int
     fields: dict[str, bytes | None]
+    twice: str | None = None
+
+    def document(self) -> Document:
+        """The document in it; raises BadSample as `decode_sample` does."""
+        if self.twice is not None:
+            raise BadSample(f"it has two members .{self.twice}")
+        return decode_sample(self.fields)
 
 
 def iterate_samples(
@@ -133,21 +191,23 @@ def iterate_samples(
     The key is the member's name up to the first dot of its last component, as in WebDataset.
     Raises DamagedTar as `iterate_members` does, after the samples that are known to be whole.
     """
-    key, first, last, size = None, start, start, 0
+    key, first, last, size, twice = None, start, start, 0, None
     fields: dict[str, bytes | None] = {}
     for member in iterate_members(file, start, end, content):
         folder, slash, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if fields and folder + slash + stem != key:
-            yield Sample(key, first, last, size, fields)
-            fields, size = {}, 0
+            yield Sample(key, first, last, size, fields, twice)
+            fields, size, twice = {}, 0, None
         if not fields:
             key, first = folder + slash + stem, member.start
+        if extension.lower() in fields:
+            twice = extension.lower()
         fields[extension.lower()] = member.data
         last = member.end
         size += member.size
     if fields:
-        yield Sample(key, first, last, size, fields)
+        yield Sample(key, first, last, size, fields, twice)
 
 
 def decode_sample(fields: dict[str, bytes | None]) -> Document:
@@ -162,7 +222,7 @@ def decode_sample(fields: dict[str, bytes | None]) -> Document:
             value = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadSample(f"not UTF-8 at byte {error.start}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
             raise BadSample(f"not JSON ({error})") from error
         if isinstance(value, dict) and isinstance(value.get("messages"), list):
             return {"messages": value["messages"]}
@@ -175,7 +235,8 @@ def decode_sample(fields: dict[str, bytes | None]) -> Document:
             raise BadSample(f"not UTF-8 at byte {error.start}") from error
     if "json" in fields:
         raise BadSample('its json has neither a "text" string nor a "messages" list')
-    raise BadSample(f"no .json or .txt member, only {', '.join('.' + name for name in sorted(fields))}")
+    tokens = "; token shards are read with their index.json" if any(name.endswith("npy") for name in fields) else ""
+    raise BadSample(f"no .json or .txt member, only {', '.join('.' + name for name in sorted(fields))}{tokens}")
 
 
 def _unicode(text: str) -> str:
@@ -189,11 +250,13 @@ def _unicode(text: str) -> str:
 def kind_of_documents(shards: Iterable[TextShard]) -> str:
     """TEXTS or CONVERSATIONS, by the first sample that can be decoded (shards without an index do not say)."""
     for shard in shards:
+        if not shard.path.is_file():
+            continue
         try:
             with open(shard.path, "rb") as file:
                 for sample in iterate_samples(file):
                     try:
-                        return CONVERSATIONS if "messages" in decode_sample(sample.fields) else TEXTS
+                        return CONVERSATIONS if "messages" in sample.document() else TEXTS
                     except BadSample:
                         continue
         except (OSError, DamagedTar):

@@ -59,9 +59,16 @@ def open_sources(
     sources = []
     for name, path, weight in entries:
         found = find_shards(path, cache_dir)
+        mend = "write the shards again"
         if not is_tokens(found, path):
             folder = _compiled(found, tokenizer, identity, cache_dir, name, max_bad_samples)
-            index = read_shard_index(folder)
+            try:
+                index = read_shard_index(folder)
+            except UserError as error:
+                raise UserError(f"{error} (this is the cache: remove {folder}, it is compiled again)") from error
+            mend = f"remove {folder}, it is compiled again"
+            if index is None:
+                raise UserError(f"{folder / INDEX} is missing: {mend}")
             found = [FoundShards(folder, [shard["name"] for shard in index["shards"]], index)]
         sources.append(
             open_token_source(
@@ -71,6 +78,7 @@ def open_sources(
                 fingerprint=identity,
                 tokenizer_path=tokenizer_path,
                 max_bad_samples=max_bad_samples,
+                mend=mend,
             )
         )
     return sources
@@ -241,10 +249,16 @@ def _compiled(
     out = cache_dir / key
     if not out.is_dir():
         waiting = f"waiting for another process that compiles the text shards of {name} to {out}"
-        with file_lock(cache_dir / f"{key}.lock", busy=lambda: say(waiting)):
-            if not out.is_dir():
-                say(f"compiling {len(shards)} text shards of {name} to token shards in {out}")
-                _compile(shards, tokenizer, out, kind, key, None, max_bad_samples)
+        try:
+            with file_lock(cache_dir / f"{key}.lock", busy=lambda: say(waiting)):
+                if not out.is_dir():
+                    say(f"compiling {len(shards)} text shards of {name} to token shards in {out}")
+                    _compile(shards, tokenizer, out, kind, key, None, max_bad_samples)
+        except OSError as error:
+            raise UserError(
+                f"the text shards of {name} cannot be compiled to {out} ({error}): mend that, or name another folder "
+                f"in data.cache_dir"
+            ) from error
     else:
         say(f"{name}: token shards in {out}")
     return out

@@ -15,6 +15,17 @@ from typing import BinaryIO, NamedTuple
 BLOCK = 512
 
 
+# What is often named .tar and is none, by its first bytes.
+_OTHERS = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf": "7z",
+}
+
+
 class DamagedTar(ValueError):
     """The bytes are not a whole tar; the message says where it stops making sense."""
 
@@ -56,13 +67,15 @@ def iterate_members(file: BinaryIO, start: int = 0, end: int | None = None, cont
     file_size = file.tell()
     offset = first_header = start
     override: dict[str, str] = {}
+    if start == 0:
+        _refuse_others(file)
     while end is None or offset < end:
         header = _read_at(file, offset, BLOCK)
         if not any(header):
             return
         _check_header(header, offset)
         kind = header[156:157]
-        size = int(override.get("size") or _number(header[124:136]))
+        size = _size(override.get("size"), header, offset)
         body = offset + BLOCK
         if kind in b"123456":  # links, devices and folders carry no data
             size = 0
@@ -83,6 +96,14 @@ def iterate_members(file: BinaryIO, start: int = 0, end: int | None = None, cont
         first_header = offset
 
 
+def _refuse_others(file: BinaryIO) -> None:
+    file.seek(0)
+    first = file.read(8)
+    for magic, name in _OTHERS.items():
+        if first.startswith(magic):
+            raise DamagedTar(f"it is a {name} file, whatever its name: unpack it, shards are uncompressed tars")
+
+
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     data = file.read(size)
@@ -95,6 +116,17 @@ def _check_header(header: bytes, offset: int) -> None:
     # the checksum field itself counts as eight spaces
     if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 256:
         raise DamagedTar(f"there is no tar header at byte {offset} (wrong checksum)")
+
+
+def _size(announced: str | None, header: bytes, offset: int) -> int:
+    """A member's size: a pax header's, else its own."""
+    if announced is None:
+        size = _number(header[124:136])
+    else:
+        size = int(announced) if announced.isascii() and announced.isdigit() else -1
+    if size < 0:
+        raise DamagedTar(f"the member at byte {offset} has a size that is no number")
+    return size
 
 
 def _number(field: bytes) -> int:

@@ -26,7 +26,6 @@ import errno
 import hashlib
 import io
 import mmap
-import os
 import zlib
 from bisect import bisect_right
 from pathlib import Path
@@ -49,6 +48,14 @@ def chunk_stride(chunk_tokens: int, itemsize: int, has_loss_mask: bool) -> int:
     """Bytes of a chunk in the tar, headers and padding included."""
     stride = BLOCK + padded(_NPY_HEADER + chunk_tokens * itemsize)
     return stride + (BLOCK + padded(_NPY_HEADER + chunk_tokens) if has_loss_mask else 0)
+
+
+def shard_bytes(num_tokens: int, num_documents: int, chunk_tokens: int, dtype: str, has_loss_mask: bool) -> int:
+    """Bytes of a whole shard."""
+    num_chunks = -(-num_tokens // chunk_tokens)
+    chunks = num_chunks * chunk_stride(chunk_tokens, np.dtype(dtype).itemsize, has_loss_mask)
+    tables = sum(BLOCK + padded(_NPY_HEADER + 4 * length) for length in (num_documents, num_chunks))
+    return chunks + tables + 2 * BLOCK
 
 
 class TokenShardWriter:
@@ -187,6 +194,7 @@ class TokenShard:
         self.num_chunks = -(-self.num_tokens // self.chunk_tokens)
         self.has_loss_mask: bool = index["has_loss_mask"]
         self.dtype = np.dtype(index["dtype"])
+        self._vocab_size: int | None = index.get("vocab_size")
         self._entry = entry
         self._map: mmap.mmap | None = None
         self._checked = bytearray(self.num_chunks)  # 1 where the checksum was found right
@@ -210,17 +218,21 @@ class TokenShard:
         self.problem = self._size_problem()  # it may have changed since
         if self.problem is not None:
             return False
-        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-        finally:
-            os.close(descriptor)
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except OSError as error:
+            self.problem = f"{self.path} cannot be read ({error.strerror})"
+            return False
         tail = self.num_chunks * chunk_stride(self.chunk_tokens, self.dtype.itemsize, self.has_loss_mask)
         borders = np.ndarray(self.num_documents, np.uint32, mapped, tail + BLOCK + _NPY_HEADER)
         tail += BLOCK + padded(_NPY_HEADER + borders.nbytes)
         checksums = np.ndarray(self.num_chunks, np.uint32, mapped, tail + BLOCK + _NPY_HEADER)
         if zlib.crc32(checksums.data, zlib.crc32(borders.data)) != self._entry["tail_crc32"]:
             self.problem = f"{self.path}: the document borders do not match their checksum"
+            return False
+        if borders[-1] != self.num_tokens or not borders[0] or (borders[1:] <= borders[:-1]).any():
+            self.problem = f"{self.path}: the document borders do not ascend to its {self.num_tokens} tokens"
             return False
         self._checksums = checksums
         self.borders = borders
@@ -272,6 +284,8 @@ class TokenShard:
                 f"{self.path}: chunk {chunk} (tokens from {first} to {first + self.chunk_tokens - 1}) does not match "
                 "its checksum"
             )
+        if self._vocab_size is not None and (highest := int(self._tokens[chunk].max())) >= self._vocab_size:
+            return f"{self.path}: chunk {chunk} holds token {highest}, the vocabulary ends at {self._vocab_size - 1}"
         self._checked[chunk] = 1
         return None
 

@@ -38,6 +38,7 @@ def open_token_source(
     fingerprint: str,
     tokenizer_path: Path,
     max_bad_samples: int = 0,
+    mend: str = "write the shards again",
 ) -> TokenSource:
     """Open token shards.
 
@@ -46,6 +47,7 @@ def open_token_source(
         fingerprint: of the tokenizer in `tokenizer_path`, which must have written the shards.
         max_bad_samples: 0 refuses shards that are missing, cut, or were compiled with samples left out. With more, an
             unreadable shard is named, and its sequences count as bad where a stream meets them.
+        mend: what to do about shards that are missing or cut.
 
     Raises:
         UserError: another tokenizer's shards, a missing or cut shard, more bad samples than allowed, no documents.
@@ -68,7 +70,7 @@ def open_token_source(
         )
     problems = [shard.problem for shard in shards if shard.problem]
     if problems and max_bad_samples == 0:
-        raise UserError("; ".join(problems) + ": write the shards again, or raise data.max_bad_samples")
+        raise UserError("; ".join(problems) + f": {mend}, or raise data.max_bad_samples")
     for problem in problems:
         warn(f"{problem}; the sequences from it are skipped")
     source = TokenSource(

@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,14 +51,26 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds; a warning names what is wrong with each newer one."""
+def newest_checkpoint(run_folder: Path, needed: Sequence[str] = ()) -> Path | None:
+    """The newest checkpoint whose manifest holds; a warning names what is wrong with each newer one.
+
+    Args:
+        needed: files without which it is of no use.
+    """
     for path in list_checkpoints(run_folder):
-        problems = manifest_problems(path)
+        problems = manifest_problems(path, needed=needed) or _wrong_step(path)
         if not problems:
             return path
         warn(f"skipping the checkpoint {path}: {'; '.join(problems)}")
     return None
+
+
+def _wrong_step(path: Path) -> list[str]:
+    """A folder that was renamed, or holds the files of another."""
+    step = read_json(path / MANIFEST).get("step")
+    if step == int(_CHECKPOINT_NAME.fullmatch(path.name)[1]):
+        return []
+    return [f"{path / MANIFEST} is of step {step}, its folder is named otherwise"]
 
 
 def resolve_model_folder(path: str | Path | None = None, run_root: str | Path = "runs") -> Path:

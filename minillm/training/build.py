@@ -15,9 +15,10 @@ from minillm.data.sources import TokenSource, open_sources
 from minillm.data.stream import build_stream
 from minillm.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
-from minillm.interop.load import newest_checkpoint, newest_run_checkpoint, resolve_model_folder
+from minillm.interop.load import newest_run_checkpoint, resolve_model_folder
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.presets import PRESETS
+from minillm.training.checkpoint import newest_to_resume
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say
@@ -77,7 +78,7 @@ def resolve_init_from(run: RunConfig) -> Path | None:
     """
     if run.model.init_from is None:
         return None
-    own = newest_checkpoint(run.run_dir)
+    own = newest_to_resume(run.run_dir)
     if own is not None:
         return own
     if run.model.init_from == "newest":

@@ -9,6 +9,7 @@ pickled. A reader takes the newest folder whose manifest holds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -18,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig
 
 from minillm.data.tokenizer import save_tokenizer
-from minillm.interop.load import list_checkpoints
+from minillm.interop.load import list_checkpoints, newest_checkpoint
 from minillm.training.expert_parallel import whole_parameters
 from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.training.state import TrainState
@@ -45,11 +46,27 @@ from minillm.utils.seeding import capture_rng, restore_rng, seed_everything
 FORMAT = "minillm-checkpoint-1"
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FILES = {WEIGHTS: ("weight",), OPTIMIZER: MOMENTS}
+COUNTERS, GENERATORS = "trainer_state.json", "rng.json"
 
 
 def checkpoint_steps(directory: Path) -> dict[int, Path]:
     """step -> folder of every published checkpoint in `checkpoints/`, oldest first (damaged ones included)."""
     return {int(path.name.removeprefix("step-")): path for path in reversed(list_checkpoints(directory.parent))}
+
+
+def newest_to_resume(run_dir: Path) -> Path | None:
+    """The checkpoint that a run goes on from; None before its first.
+
+    Raises:
+        UserError: it has checkpoints and none is whole: a fresh start would delete them.
+    """
+    found = newest_checkpoint(run_dir, needed=(*FILES, COUNTERS, GENERATORS))
+    if found is None and list_checkpoints(run_dir):
+        raise UserError(
+            f"every checkpoint of {run_dir} is damaged (the warnings name the files); nothing was changed. Put whole "
+            f"files back, or move {run_dir / 'checkpoints'} away to start anew"
+        )
+    return found
 
 
 class CheckpointWriter:
@@ -175,8 +192,8 @@ class _Job:
         if self.generation_config is not None:
             self.generation_config.save_pretrained(temporary)
         save_tokenizer(self.tokenizer, temporary)
-        write_json(temporary / "trainer_state.json", self.trainer_state)
-        write_json(temporary / "rng.json", {"ranks": self.generators})
+        write_json(temporary / COUNTERS, self.trainer_state)
+        write_json(temporary / GENERATORS, {"ranks": self.generators})
         checksums = {}
         for file, stream in streams.items():
             with SafetensorsWriter(temporary / file, self.entries[file]) as writer:
@@ -184,7 +201,7 @@ class _Job:
                     writer.write(name, tensor)
             checksums[file] = writer.sha256
         list_files(temporary, {"format": FORMAT, "step": self.state.step}, checksums)
-        if self.final.exists():  # a damaged one of the same step, which was passed over at the start
+        if os.path.lexists(self.final):  # a damaged one of the same step, which was passed over at the start
             remove_directory(self.final)
         publish_directory(temporary, self.final)
 
@@ -260,33 +277,71 @@ def read_state(path: Path) -> tuple[TrainState, dict]:
     """Counters and the rest of trainer_state.json.
 
     Raises:
-        UserError: another format.
+        UserError: another format, counters of another step or that are none.
     """
-    values = read_json(path / "trainer_state.json")
-    if values.get("format") != FORMAT:
-        raise UserError(f"{path}: format {values.get('format')!r}, this version reads {FORMAT!r}")
-    return TrainState.from_dict(values["state"]), values
+    values = read_json(path / COUNTERS)
+    with _named(path / COUNTERS):
+        if values.get("format") != FORMAT:
+            raise UserError(f"{path}: format {values.get('format')!r}, this version reads {FORMAT!r}")
+        try:
+            state = TrainState.from_dict(values["state"])
+        except UserError as error:
+            raise UserError(f"{path / COUNTERS}: {error}") from error
+        if state.step != int(path.name.removeprefix("step-")):
+            raise ValueError(f"it holds step {state.step}")
+        values["data"]  # noqa: B018
+    return state, values
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Where a file is read that its manifest agrees with: whatever is wrong in it is an error with its name."""
+    try:
+        yield
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{file} is damaged, though its manifest agrees with it ({what}); move {file.parent} away to go on from an "
+            f"older checkpoint"
+        ) from error
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Put a checkpoint's weights and buffers into a model that no engine holds yet.
 
     Raises:
-        UserError: the names or shapes are not the model's (a checkpoint of another architecture).
+        UserError: the names or shapes of weights or moments are not the model's (a checkpoint of another
+            architecture), or they are no numbers.
     """
     parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    with safe_open(path / WEIGHTS, framework="pt") as file:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check_tensors(path / WEIGHTS, parameters)
+    _check_tensors(path / OPTIMIZER, {_key(kind, name): p for kind in MOMENTS for name, p in trained.items()})
+    with _named(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file, torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = file.get_tensor(name)
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"the weights of {path} are ruined: {name} holds what is no finite number; move that folder away "
+                    f"to go on from an older one"
+                )
+            parameter.copy_(tensor)
+
+
+def _check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Names, shapes and type of a file of a checkpoint."""
+    with _named(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        wrong = [n for n in names & set(parameters) if file.get_slice(n).get_shape() != list(parameters[n].shape)]
-        if names != set(parameters) or wrong:
-            differs = sorted(names ^ set(parameters)) + sorted(wrong)
+        wrong = [n for n in names & set(expected) if file.get_slice(n).get_shape() != list(expected[n].shape)]
+        if names != set(expected) or wrong:
+            differs = sorted(names ^ set(expected)) + sorted(wrong)
             raise UserError(
                 f"{path} holds another architecture: {len(differs)} tensors differ in name or shape, the first is "
                 f"{differs[0]}; choose another run_name, or the model this run was started with"
             )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(name))
+        for name in sorted(names):
+            if (dtype := file.get_slice(name).get_dtype()) != "F32":
+                raise ValueError(f"{name} is {dtype}, not F32")
 
 
 def restore_training(engine, path: Path, seed: int) -> TrainState:
@@ -297,20 +352,30 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
     state, values = read_state(path)
     link_optimizer_states(engine)
     reset_optimizer_state(engine, state.step)
-    with safe_open(path / OPTIMIZER, framework="pt") as file:
+    with _named(path / OPTIMIZER), safe_open(path / OPTIMIZER, framework="pt") as file:
+
+        def moment(name: str) -> torch.Tensor:
+            tensor = file.get_tensor(name)
+            if tensor.isnan().any():  # it would make weights of the same kind
+                raise ValueError(f"{name} holds nan")
+            return tensor
+
         for kind in MOMENTS:
-            write_full_state(engine, kind, lambda name, kind=kind: file.get_tensor(_key(kind, name)))
+            write_full_state(engine, kind, lambda name, kind=kind: moment(_key(kind, name)))
     # Exactly: DeepSpeed made its own fp32 weights from the rounded low-precision ones.
     with safe_open(path / WEIGHTS, framework="pt") as file:
         write_full_state(engine, "weight", file.get_tensor)
     if "loss_scale" in values:
         restore_loss_scale(engine, values["loss_scale"])
     reset_counters(engine, state.step)
-    generators = read_json(path / "rng.json")["ranks"]
-    if len(generators) == distributed.world_size():
-        restore_rng(generators[distributed.rank()])
-    else:
-        seed_rank(seed, state.step)
+    with _named(path / GENERATORS):
+        generators = read_json(path / GENERATORS)["ranks"]
+        if not isinstance(generators, list) or not generators:
+            raise ValueError("no list of ranks")
+        if len(generators) == distributed.world_size():
+            restore_rng(generators[distributed.rank()])
+        else:
+            seed_rank(seed, state.step)
     return state
 
 

@@ -8,6 +8,7 @@ raised. Checked against DeepSpeed 0.19.8 (which ignores unknown top-level keys i
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ ZERO_KEYS = [
     "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
     "memory_efficient_linear", "log_trace_cache_warnings", "leaf_module",
 ]  # fmt: skip
+OBJECTS = ("offload_param", "offload_optimizer", "leaf_module")
+NUMBERS = (
+    "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size",
+    "parameter_alignment", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale",
+)  # fmt: skip
 # AutoEP's own, with their values; what it knows of routing is the model's here, and DeepEP is not supported.
 EXPERT_PARALLEL = {
     "enabled": (True, False),
@@ -178,16 +186,33 @@ def check_keys(values: dict[str, Any], where: str) -> list[str]:
                     problems.append(f"{where}: expert_parallel.{key} = {json.dumps(value)}: must be {rule}")
             elif value == "auto":
                 problems.append(f"{where}: {name}.{key}: only batch sizes, accumulation and clipping may be \"auto\"")
+            elif rule := _wrong_type(key, value):
+                problems.append(f"{where}: {name}.{key} = {json.dumps(value)}: must be {rule}")
     return problems
+
+
+def _wrong_type(key: str, value: object) -> str | None:
+    """What the value of a key of ZeRO or a precision has to be, where it is not; null is an absent one."""
+    if value is None or key == "stage":  # check_precision's
+        return None
+    if key in OBJECTS:
+        return None if isinstance(value, dict) else "an object"
+    if key in NUMBERS:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        return None if number else "a number, 0 or more"
+    return None if isinstance(value, bool) else "true or false"
 
 
 def check_precision(values: dict[str, Any], where: str) -> list[str]:
     zero = section(values, "zero_optimization")
-    if not all(isinstance(section(values, k), dict) for k in ("zero_optimization", "bf16", "fp16", "data_types")):
+    sections = [section(values, k) for k in ("zero_optimization", "bf16", "fp16", "data_types")]
+    if not all(isinstance(inner, dict) for inner in sections):
         return []  # check_keys has named it
+    if not all(isinstance(section(zero, k), dict) for k in ("offload_param", "offload_optimizer")):
+        return []
     problems = []
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         return [f"{where}: zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"]
     if section(values, "bf16").get("enabled") and section(values, "fp16").get("enabled"):
         problems.append(f"{where}: bf16 and fp16 are both enabled; keep one")

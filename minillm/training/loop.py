@@ -17,7 +17,6 @@ import torch
 from minillm.accounting import flops_per_token
 from minillm.config import RunConfig, raise_problems
 from minillm.data.tokenizer import token_byte_lengths
-from minillm.interop.load import newest_checkpoint
 from minillm.models import MiniLLMConfig
 from minillm.training import checkpoint, run_folder
 from minillm.training.balance import (
@@ -120,7 +119,7 @@ class Trainer:
         self.config, self.data, self.watch = run, data, watch
         self.watch.at("opening checkpoint and data")
         self.checkpoints = run.run_dir / "checkpoints"
-        self.source: Path | None = distributed.on_rank_zero(lambda: newest_checkpoint(run.run_dir))
+        self.source: Path | None = distributed.on_rank_zero(lambda: checkpoint.newest_to_resume(run.run_dir))
         self.source = distributed.broadcast_object(self.source)
         self.check_same_run()
         self.loader = build_loader(run, data.train, num_epochs=run.train.num_epochs)
@@ -137,9 +136,12 @@ class Trainer:
     def check_same_run(self) -> None:
         """Refuse a folder of another run before anything in it is touched."""
         recorded = run_folder.recorded_run(self.config.run_dir)
-        if self.source is None or recorded is None:
+        if self.source is None:
             return
-        run_folder.check_resumable(self.config, recorded)
+        if recorded is None:
+            self.warn(f"{self.config.run_dir / 'run.yaml'} is missing: nobody can tell whether the seed is the same")
+        else:
+            run_folder.check_resumable(self.config, recorded)
         _, values = checkpoint.read_state(self.source)
         if values["data"] != self.data.fingerprint:
             raise UserError(

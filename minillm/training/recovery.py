@@ -36,6 +36,8 @@ class SkippedBatches:
         entries = distributed.broadcast_object(entries)
         try:
             self._ranges = [(int(first), int(last)) for first, last in entries]
+            if wrong := [entry for entry in self._ranges if not 0 <= entry[0] <= entry[1]]:
+                raise ValueError(f"{list(wrong[0])}")
         except (TypeError, ValueError) as error:
             raise UserError(f"{self._path} is damaged ({error}): it must be a list of [first, last] batches") from error
 
@@ -77,9 +79,16 @@ def spike_threshold(losses: Sequence[float], window: int, deviations: float) -> 
 
 
 def record_event(run_dir: Path, event: str, **details: object) -> None:
-    """Append one line to events.jsonl, synced; called on rank 0 of a folder that is locked."""
+    """Append one line to events.jsonl, synced; called on rank 0 of a folder that is locked.
+
+    What a kill left half-written keeps a line of its own.
+    """
     line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **details}
-    with open(run_dir / "events.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with open(run_dir / "events.jsonl", "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

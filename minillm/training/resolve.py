@@ -5,6 +5,8 @@ Contract: no torch; every problem is in one error, before anything is imported t
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,48 @@ def resolve_run(
             more += resolve_moe_backend(run, fields, resolved, world_size)
     raise_problems(problems + more, f"{config} with {json_file} on {world_size} rank(s)")
     return run, resolved
+
+
+def check_places(run: RunConfig, reads: bool = True) -> None:
+    """Whether what a run reads is there, and what it writes can be, before seconds go into imports.
+
+    Args:
+        reads: False where its data is made at the start.
+
+    Raises:
+        UserError: every place that is wrong.
+    """
+    problems = _wrong_inputs(run) if reads else []
+    parent = next(folder for folder in (run.run_dir, *run.run_dir.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        problems.append(f"run_root = {run.run_root!r}: {parent} is no folder; name another")
+    elif not os.access(parent, os.W_OK):
+        problems.append(f"run_root = {run.run_root!r}: {parent} cannot be written; make it writable, or name another")
+    raise_problems(problems, f"of {run.run_name}")
+
+
+def _wrong_inputs(run: RunConfig) -> list[str]:
+    problems = []
+    for key, sources in (("data.train", run.data.train), ("data.validation", run.data.validation)):
+        for path in [sources] if isinstance(sources, str) else [source.path for source in sources or ()]:
+            if problem := _missing(path):
+                problems.append(f"{key} = {path!r}: {problem}")
+    tokenizer = run.data.tokenizer
+    if tokenizer is not None and not tokenizer.startswith("tiktoken:") and not Path(tokenizer).expanduser().exists():
+        fix = "make a folder with `python -m data_tools.tokenizer train`"
+        problems.append(f"data.tokenizer = {tokenizer!r}: it is not there; {fix}")
+    return problems
+
+
+def _missing(path: str) -> str | None:
+    """What is wrong with an entry of data.train, as far as it can be told without opening it."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path)
+    if scheme is not None:
+        allowed = scheme.group().lower() in ("http:", "https:")
+        return None if allowed else f"{scheme.group()} is not supported, nothing is run; name a path or an http URL"
+    if set(path) & set("*?[{") or Path(path).expanduser().exists():
+        return None
+    return "it is not there; name a folder of shards, a .tar, a pattern or a URL (`python -m data_tools.shards build`)"
 
 
 def model_fields(run: RunConfig) -> tuple[dict[str, object] | None, str]:

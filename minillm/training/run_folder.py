@@ -44,15 +44,30 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         def take() -> None:
             held.enter_context(file_lock(path, busy=refuse, wait=False))
             path.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            for leftover in run_dir.glob(".*.tmp"):  # of a writer that was killed (write_atomic)
+                leftover.unlink()
 
         distributed.on_rank_zero(take)
         yield
 
 
 def recorded_run(run_dir: Path) -> dict[str, Any] | None:
-    """The run.yaml of an earlier start, None before the first."""
+    """The run.yaml of an earlier start, None before the first.
+
+    Raises:
+        UserError: it is not what a start writes.
+    """
     path = run_dir / "run.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    fix = f"write it back (the settings this run was started with), or move {run_dir} away"
+    try:
+        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("model"), dict):
+        raise UserError(f"{path} is damaged (there are no settings of a run in it); {fix}")
+    return recorded
 
 
 def check_resumable(run: RunConfig, recorded: dict[str, Any]) -> None:

@@ -46,9 +46,19 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> TrainState:
-        """Unknown keys are an error: a checkpoint of a newer version says so instead of losing a counter."""
+        """Unknown keys are an error: a checkpoint of a newer version says so instead of losing a counter.
+
+        Raises:
+            UserError: such a key.
+            ValueError: a counter that does not count.
+        """
         names = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
             raise UserError(f"unknown counters {unknown}: this checkpoint was written by another minillm; use that one")
-        return cls(**values)
+        state = cls(**values)
+        for name in ("step", "tokens", "bad_rows"):
+            value = getattr(state, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}")
+        return state

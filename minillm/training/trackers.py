@@ -54,16 +54,15 @@ class Tracker:
         try:
             if name not in self._files:
                 self._files[name] = open(path, "a", encoding="utf-8")
-            self._files[name].write(json.dumps(record) + "\n")
+            self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
             self._files[name].flush()
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error}); mend that and run again") from error
 
     def sample(self, step: int, samples: list[dict[str, str]]) -> None:
         """Append generated texts to samples.jsonl."""
-        with open(self._run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+        for sample in samples:
+            self._append("samples.jsonl", {"step": step, **sample})
 
     def close(self, exit_code: int = 0) -> None:
         """End the run in the trackers: `exit_code` other than 0 marks it as failed in W&B."""
@@ -109,7 +108,7 @@ def cut_back(run_dir: Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     """A record's step; infinity for bytes that are none (a disk that was full)."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -87,8 +87,10 @@ def on_rank_zero(action: Callable[[], T]) -> T | None:
     if rank() == 0:
         try:
             result = action()
-        except (UserError, OSError) as error:
+        except UserError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{error}; mend that and run again"
     problem = broadcast_object(problem)
     if problem is not None:
         raise UserError(problem)

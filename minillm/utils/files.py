@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minillm.utils.errors import UserError
@@ -40,6 +40,9 @@ def write_atomic(path: Path | str, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a write that fails does not say of which file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_file(path.parent)
@@ -78,11 +81,21 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Rename to `.NAME.deleted`, then delete, so that a kill halfway cannot leave it looking whole."""
+    """Rename to `.NAME.deleted`, then delete, so that a kill halfway cannot leave it looking whole.
+
+    A file or a link by that name goes too; what a link leads to stays.
+    """
     grave = path.with_name(f".{path.name}.deleted")
-    shutil.rmtree(grave, ignore_errors=True)
+    _delete(grave)
     os.rename(path, grave)
-    shutil.rmtree(grave, ignore_errors=True)
+    _delete(grave)
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(directory: Path, header: dict[str, object], checksums: dict[str, str] | None = None) -> None:
@@ -99,25 +112,34 @@ def write_manifest(directory: Path, header: dict[str, object], checksums: dict[s
     write_json(directory / MANIFEST, {**header, "files": files})
 
 
-def manifest_problems(directory: Path, check_content: bool = True) -> list[str]:
-    """What is wrong with a directory that has a manifest, one sentence a problem; an empty list means it is whole."""
+def manifest_problems(directory: Path, check_content: bool = True, needed: Sequence[str] = ()) -> list[str]:
+    """What is wrong with a directory that has a manifest, one sentence a problem; an empty list means it is whole.
+
+    Args:
+        needed: names of files that the manifest has to list.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         return [f"{path} is missing"]
     try:
         files = read_json(path)["files"]  # type: ignore[index]
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except OSError as error:
+        return [f"{path} cannot be read ({error.strerror})"]
     except (UserError, KeyError, TypeError, AttributeError) as error:
         return [f"{path} is damaged ({error})"]
-    problems = []
+    problems = [f"{path} does not list {name}" for name in needed if name not in entries]
     for name, (size, digest) in entries.items():
         file = directory / name
-        if not file.is_file():
-            problems.append(f"{file} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
-        elif check_content and sha256_file(file) != digest:
-            problems.append(f"{file} does not match its checksum")
+        try:
+            if not file.is_file():
+                problems.append(f"{file} is missing")
+            elif file.stat().st_size != size:
+                problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+            elif check_content and sha256_file(file) != digest:
+                problems.append(f"{file} does not match its checksum")
+        except OSError as error:
+            problems.append(f"{file} cannot be read ({error.strerror})")
     return problems
 
 

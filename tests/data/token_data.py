@@ -52,7 +52,7 @@ def write_token_folder(
         "chunk_tokens": chunk_tokens,
         "has_loss_mask": masks is not None,
         "tokenizer": "test",
-        "vocab_size": 1000,
+        "vocab_size": 1000 if dtype == "<u2" else 200_000,
         "eos_token_id": EOS,
         "num_documents": len(documents),
         "num_tokens": sum(len(document) + 1 for document in documents),
