@@ -1,7 +1,7 @@
 """Every architecture through the whole trainer, at toy size on two ranks: it learns, equals plain torch, and resumes.
 
-Two starts of two ranks train all presets: in the first each runs straight through; in the second, new processes, a copy
-of what was left half-way goes on. Laws 1 and 2 of the project for each mechanism: bitwise the same after the break
+Two starts of two ranks train them (presets that repeat a mechanism are slow tests): in the first each runs straight
+through; in the second, new processes, a copy of what was left half-way goes on. Laws 1 and 2 of the project for each mechanism: bitwise the same after the break
 (weights, moments, balancing biases, every loss), and the same losses as one forward pass over the whole batch in plain
 torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on: their split over ranks is tested too.
 """
@@ -35,6 +35,9 @@ NAMES = [name for name in PRESETS if name != "demo"]
 KINDS = {"": (FP32, STEPS), "-zero3": (FP32_ZERO3, COMPARED), "-bf16": (BF16, COMPARED)}
 # Each mechanism once: the others are made of the same modules.
 OTHER_KINDS = ("gpt2-124m", "qwen3-mini", "moe-876m", "deepseek-v3-mini", "qwen3-next-mini")
+# One of each mixer, router and norm; the rest are slow.
+DEFAULT = [*OTHER_KINDS, "mixtral-mini"]
+EACH = [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 NOISY = [
     name
     for name in NAMES
@@ -99,11 +102,9 @@ def start_two_ranks(cases: list[dict], path: Path) -> None:
     run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_settings, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("presets")
+def train_all(names: list[str], tiny_settings: dict, root: Path) -> Path:
     first, second = [], []
-    for name in NAMES:
+    for name in names:
         for kind, (deepspeed, steps) in KINDS.items():
             if kind and name not in OTHER_KINDS:
                 continue
@@ -114,14 +115,30 @@ def trained(tiny_settings, tmp_path_factory) -> Path:
         settings = settings_of(name, tiny_settings, root, f"{name}-broken", STEPS)
         second.append({"settings": settings, "deepspeed": FP32})
     start_two_ranks(first, root / "first.json")
-    for name in NAMES:
+    for name in names:
         shutil.copytree(root / name, root / f"{name}-broken")
         shutil.rmtree(root / f"{name}-broken" / "checkpoints" / f"step-{STEPS:06d}")
     start_two_ranks(second, root / "second.json")
     return root
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.fixture(scope="module")
+def default_runs(tiny_settings, tmp_path_factory) -> Path:
+    return train_all(DEFAULT, tiny_settings, tmp_path_factory.mktemp("presets"))
+
+
+@pytest.fixture(scope="module")
+def other_runs(tiny_settings, tmp_path_factory) -> Path:
+    others = [name for name in NAMES if name not in DEFAULT]
+    return train_all(others, tiny_settings, tmp_path_factory.mktemp("presets"))
+
+
+@pytest.fixture
+def trained(name: str, request) -> Path:
+    return request.getfixturevalue("default_runs" if name in DEFAULT else "other_runs")
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_it_learns_and_resumes_to_the_same_bits(trained, name):
     found = losses(trained / name)
     assert len(found) == STEPS
@@ -138,7 +155,7 @@ def test_it_learns_and_resumes_to_the_same_bits(trained, name):
     assert all(b.abs().max() > 0 for b in biases) and bool(biases) == (PRESETS[name]["router_type"] == "sigmoid")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
+@pytest.mark.parametrize("name", [each for name, each in zip(NAMES, EACH, strict=True) if name not in NOISY])
 def test_losses_equal_plain_torch(trained, tiny_settings, name):
     expected = plain_torch(name, settings_of(name, tiny_settings, trained, "none", COMPARED))
     assert losses(trained / name)[:COMPARED] == pytest.approx(expected, rel=1e-5)
@@ -147,7 +164,7 @@ def test_losses_equal_plain_torch(trained, tiny_settings, name):
         assert losses(trained / f"{name}-bf16") == pytest.approx(expected, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", [each for name, each in zip(NAMES, EACH, strict=True) if name in NOISY])
 def test_with_router_noise_it_learns_at_every_stage_and_begins_like_plain_torch(trained, tiny_settings, name):
     for kind in ("zero3", "bf16") if name in OTHER_KINDS else ():
         assert losses(trained / f"{name}-{kind}")[-1] < losses(trained / f"{name}-{kind}")[0]
