@@ -1,9 +1,10 @@
 """Every architecture through the whole trainer, at toy size on two ranks: it learns, equals plain torch, and resumes.
 
 Two starts of two ranks train them (presets that repeat a mechanism are slow tests): in the first each runs straight
-through; in the second, new processes, a copy of what was left half-way goes on. Laws 1 and 2 of the project for each mechanism: bitwise the same after the break
-(weights, moments, balancing biases, every loss), and the same losses as one forward pass over the whole batch in plain
-torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on: their split over ranks is tested too.
+through; in the second, new processes, a copy of what was left half-way goes on. Laws 1 and 2 of the project for each
+mechanism: bitwise the same after the break (weights, moments, balancing biases, every loss), and the same losses as one
+forward pass over the whole batch in plain torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on:
+their split over ranks is tested too.
 """
 
 from __future__ import annotations
