@@ -6,6 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from minillm.accounting import cache_bytes, flops_per_token, num_parameters
 from minillm.presets import PRESETS
@@ -13,10 +16,14 @@ from tests.launching import ROOT, TIMEOUT, environment
 from tests.training.tiny_data import sentences
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+POEMS = ROOT.parent / "shared" / "data" / "tang-poems"
 
 
 def test_links_lead_to_files():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    links = r"\]\(([^)#]+)\)"
+    tools = [f"data_tools/{link}" for link in re.findall(links, (ROOT / "data_tools" / "README.md").read_text())]
+    targets = re.findall(links, README) + [link for link in re.findall(links, CHINESE) if "://" not in link] + tools
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target
@@ -42,24 +49,45 @@ def test_the_table_of_architectures_is_the_codes():
 
 
 def test_no_placeholder_is_left():
-    assert "@@" not in README
+    assert "@@" not in README + CHINESE
+
+
+def run_block(block: str, folder: Path, **variables: str) -> str:
+    """Run the lines in a folder that links to launch and ds_configs; what they print."""
+    for name in ("launch", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=folder, env={**environment(), "PATH": path, **variables}, capture_output=True,
+        text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not POEMS.is_dir(), reason="../shared/data/tang-poems is absent")
+def test_the_chinese_way_runs_as_written(tmp_path):
+    """From raw poems to a sampled one, on one file of them and for five steps."""
+    (block,) = re.findall(r"```bash\n(.*?)```", CHINESE, flags=re.DOTALL)
+    assert block.count("--config tang-poems\n") == 1
+    block = block.replace("--config tang-poems\n", "--config tang-poems train.max_steps=5 validation.every=0\n")
+    poems = tmp_path / "poems"
+    poems.mkdir()
+    (poems / "poet.tang.0.json").symlink_to(POEMS / "poet.tang.0.json")
+    printed = run_block(block, tmp_path, POEMS=str(poems))
+    assert "done: 5 steps" in printed
+    assert re.search(r"clean: (1,000|9\d\d) of 1,000 records kept", printed)
+    assert (tmp_path / "data" / "tang-poems" / "inspect" / "index.html").exists()
 
 
 def test_your_own_text_runs_as_written(tmp_path):
     """The bash block, word for word, in a folder that holds only some texts and links to launch and ds_configs."""
     (block,) = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    for name in ("launch", "ds_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
     texts = tmp_path / "my-texts"
     texts.mkdir()
     for number, text in enumerate(sentences(3, 300)):
         (texts / f"文档{number}.txt").write_text(text, encoding="utf-8")
-    path = {"PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}
-    done = subprocess.run(
-        ["bash", "-e", "-c", block], cwd=tmp_path, env={**environment(), **path}, capture_output=True, text=True,
-        timeout=TIMEOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "done: 20 steps" in done.stdout
+    assert "done: 20 steps" in run_block(block, tmp_path)
     assert (tmp_path / "exported" / "mine" / "config.json").exists()
     assert (tmp_path / "runs" / "mine" / "plots" / "loss.png").stat().st_size > 5000
