@@ -96,7 +96,7 @@ def test_compressed_parts_hold_the_same(corpus, tmp_path):
     assert [json.loads(line) for part in lines for line in part.splitlines()] == EXPECTED
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_command_goes_on(corpus, tmp_path, workers):
     code = (
         "import sys; from pathlib import Path; from tests.data_tools.test_workshop import Odd; "

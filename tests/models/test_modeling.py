@@ -123,7 +123,11 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(actual[name], gradient), name
 
 
-COMPILED = [("float32", "aot_eager"), ("bfloat16", "aot_eager"), ("bfloat16", "inductor")]
+COMPILED = [
+    ("float32", "aot_eager"),
+    ("bfloat16", "aot_eager"),
+    pytest.param("bfloat16", "inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("dtype, backend", COMPILED)
