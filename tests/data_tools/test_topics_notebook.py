@@ -12,7 +12,6 @@ NOTEBOOK = ROOT / "data_tools" / "notebooks" / "neurips_topics.ipynb"
 PAPERS = ROOT.parent / "shared" / "data" / "neurips-2022" / "papers.csv"
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason='pip install -e ".[tests]"')
     nbclient = pytest.importorskip("nbclient", reason='pip install -e ".[tests]"')
