@@ -13,7 +13,6 @@ output, cleaned again with the same options, comes out as it is.
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -96,7 +95,7 @@ def clean(
     """
     options = dict(options or {})
     if text.template:
-        options["fields"] = re.findall(r"\{([^{}]+)\}", text.template)
+        options["fields"] = text.names
     Cleaner(options)  # wrong options are told before anything is read
     return run_stage(
         CleanStage, options, paths, out, text=text, extra_summary=_frequent_lines, side_inputs=side_inputs, **work

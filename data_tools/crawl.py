@@ -35,7 +35,7 @@ def crawl(options: argparse.Namespace) -> dict[str, object]:
         UserError: an address or domain that is none, OUT in use or of another crawl.
     """
     from data_tools.crawling.crawler import Crawler, Limits
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     for module in ("trafilatura", "protego", "py3langid"):
         require(module)

@@ -42,13 +42,17 @@ class TextField:
     column: str = "text"
     template: str | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The fields it reads."""
+        return [self.column] if self.template is None else _FIELD.findall(self.template)
+
     def take(self, raw: Raw, identity: str) -> Record | Rejected:
         """The record with its text in "text", or why it has none."""
         fields = {**raw.fields, "id": identity}
         if self.template is not None:
-            names = _FIELD.findall(self.template)
-            found = {name: _as_text(fields.get(name)) for name in names}
-            missing = [name for name in names if found[name] is None]
+            found = {name: _as_text(fields.get(name)) for name in self.names}
+            missing = [name for name in self.names if found[name] is None]
             if missing:
                 return _no_text(raw, identity, missing[0])
             text = _FIELD.sub(lambda match: found[match.group(1)] or "", self.template)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: installs what they need, checks the style, runs them.
 #
-#   bash tests/run.sh             the default set (about 15 minutes on 2 cores)
+#   bash tests/run.sh             the default set (20 minutes or so on 2 cores)
 #   bash tests/run.sh --slow      the slow ones (marker `slow`: 2 GB corpus, 8 ranks) as well
 #   bash tests/run.sh --faults    the fault campaign (marker `faults`: kills, damage, full disks) as well
 #   bash tests/run.sh --slurm     the batch scripts on a Slurm of this machine, and two hosts (marker `slurm`) as well

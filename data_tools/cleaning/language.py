@@ -79,7 +79,7 @@ def _by_han(sample: str) -> tuple[str, float] | None:
 @lru_cache(maxsize=1)
 def _identifier():
     """py3langid's model, read once in a process (half a second)."""
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     langid = require("py3langid").langid
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)

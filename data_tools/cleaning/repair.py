@@ -123,7 +123,7 @@ def tidy_spaces(text: str, collapse: bool = True) -> str:
 
 def fix_mojibake(text: str) -> str:
     """UTF-8 that was read as another encoding, line by line where ftfy's heuristic says that a line is broken."""
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     ftfy = require("ftfy")
     letters, lines = _mojibake_letters(), text.split("\n")
@@ -136,7 +136,7 @@ def fix_mojibake(text: str) -> str:
 @lru_cache(maxsize=1)
 def _mojibake_letters() -> re.Pattern[str]:
     """One of these is in everything that ftfy's heuristic matches; punctuation alone, such as curly quotes, is not."""
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     groups = require("ftfy").badness.MOJIBAKE_CATEGORIES
     harmless = ("common", "start_punctuation", "end_punctuation")

@@ -39,7 +39,7 @@ class Page:
 
 def read_page(answer: Answer, product: str) -> Page:
     """Text and links of an answer with status 200; `product` is the crawler's name in robots rules."""
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     if b"\0" in answer.body[:2048] and not answer.body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return Page(problem="binary", detail=f"it says {answer.content_type} and holds something else")
@@ -105,7 +105,7 @@ def _known(name: str) -> str | None:
 
 
 def _read_html(text: str, url: str, encoding: str, product: str, rules: set[str]) -> Page:
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     html = require("lxml.html", "lxml")
     text = text.replace("\0", "")
@@ -192,7 +192,7 @@ def sitemap_urls(body: bytes, url: str, max_bytes: int) -> tuple[list[str], list
     """(pages, further sitemaps) that a sitemap names; nothing for what is none."""
     import zlib
 
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     if body.startswith(b"\x1f\x8b"):
         try:

@@ -34,7 +34,7 @@ class Robots:
     """
 
     def __init__(self, content: str, product: str) -> None:
-        from data_tools.workshop import require
+        from data_tools.extras import require
 
         self._rules = require("protego").Protego.parse(content)
         self._product = product

@@ -126,7 +126,7 @@ def build_scope(starts: list[str], domains: list[str], same_domain: bool) -> Sco
             domain = urlsplit(known).netloc
         named.append(domain)
     if same_domain:
-        from data_tools.workshop import require
+        from data_tools.extras import require
 
         extract_domain = require("courlan", "trafilatura").extract_domain
         named += [extract_domain(start) or urlsplit(start).hostname or "" for start in starts]
@@ -135,7 +135,7 @@ def build_scope(starts: list[str], domains: list[str], same_domain: bool) -> Sco
 
 def same_site(one: str, other: str) -> bool:
     """Whether two addresses belong to one registered domain."""
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     extract_domain = require("courlan", "trafilatura").extract_domain
     return extract_domain(one) is not None and extract_domain(one) == extract_domain(other)

@@ -93,7 +93,7 @@ class Tokenizer:
 
 
 def _jieba_cut():
-    from data_tools.workshop import require
+    from data_tools.extras import require
 
     jieba = require("jieba")
     jieba.setLogLevel(60)  # it prints how it loads its dictionary

@@ -35,17 +35,6 @@ def group():
         yield
 
 
-@pytest.fixture(scope="module")
-def straight(tiny_settings, tmp_path_factory) -> dict:
-    """The settings of an unbroken run of six steps with checkpoints at 2, 4 and 6."""
-    own = {"run_root": str(tmp_path_factory.mktemp("straight")), "run_name": "r", "train.max_steps": STEPS,
-           "train.train_micro_batch_size_per_gpu": 4, "checkpoint.every": 2, "validation.every": 0,
-           "model.hidden_dropout": 0.1}  # fmt: skip
-    settings = {**tiny_settings, **own}
-    assert train(settings) == 0
-    return settings
-
-
 @pytest.fixture
 def disk(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
