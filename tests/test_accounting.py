@@ -117,7 +117,7 @@ def test_cache_bytes_are_those_of_a_filled_cache(name):
     fields = TOYS[name]
     model = build(fields, "cpu").eval().to(torch.bfloat16)
     for length in (1, 5, 20):
-        cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True).cache
         assert cache_bytes(fields, length) == sum(held_bytes(layer) for layer in cache.layers), length
     assert cache_bytes_per_token(fields) == cache_bytes(fields, 5) - cache_bytes(fields, 4)
 

@@ -7,6 +7,7 @@ config.py (the README's design notes say why).
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -20,25 +21,27 @@ FLOORS = {  # what each part may import of the project, besides itself
     "architecture": set(),
     "presets": {"architecture"},
     "accounting": {"architecture"},
-    "models": {"architecture"},
-    "data": {"utils"},
-    "interop": {"models", "architecture", "utils"},
+    "compat": set(),
+    "models": {"architecture", "compat"},
+    "data": {"compat", "utils"},
+    "interop": {"models", "architecture", "compat", "utils"},
     "config": {"presets", "architecture", "utils"},
-    "training": {"config", "presets", "architecture", "accounting", "models", "data", "interop", "utils"},
-    "preflight": {"config", "presets", "architecture", "accounting", "training", "models", "data", "interop", "utils"},
-    "inference": {"data", "utils"},
-    "data_tools": {"data", "utils"},
-    "launch": {"config", "presets", "architecture", "accounting", "training", "preflight", "interop", "utils",
+    "training": {"config", "presets", "architecture", "accounting", "models", "data", "interop", "compat", "utils"},
+    "preflight": {"config", "presets", "architecture", "accounting", "training", "models", "data", "interop", "compat",
+                  "utils"},
+    "inference": {"data", "compat", "utils"},
+    "data_tools": {"data", "compat", "utils"},
+    "launch": {"config", "presets", "architecture", "accounting", "training", "preflight", "interop", "compat", "utils",
                "data_tools"},
     "": {"interop"},  # minillm/__init__.py: minillm.load
     **{
         name: {"config", "presets", "architecture", "accounting", "training", "inference", "interop", "models", "data",
-               "utils", ""}
+               "compat", "utils", ""}
         for name in ENTRIES
     },
 }  # fmt: skip
 ONLY_IN = {
-    "deepspeed": {"training", "models/moe_deepspeed.py"},
+    "deepspeed": {"training/engine.py", "compat/deepspeed_api.py"},
     "wandb": {"training/trackers.py", "report.py"},
 }
 MODELS_MAY_USE = {"torch", "transformers", *sys.stdlib_module_names}
@@ -101,8 +104,37 @@ def test_models_carry_their_own_code():
     for path in (ROOT / "minillm" / "models").glob("*.py"):
         assert "minillm.models.moe_deepspeed" not in imported(path), path
         for module in imported(path) if path.name != "moe_deepspeed.py" else ():
-            own = module.startswith(("minillm.models", "minillm.architecture"))
+            own = module.startswith(("minillm.models", "minillm.architecture", "minillm.compat.transformers_api"))
             assert module.split(".")[0] in MODELS_MAY_USE or own, f"{path}: {module}"
+
+
+def private_names(path: Path) -> set[str]:
+    """Attributes that a file reads or writes on others' objects, and that their authors do not document."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and (node.attr.startswith("ds_") or re.match("_[^_]", node.attr))
+    }
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_undocumented_api_is_reached_through_compat_alone(path):
+    """Of transformers, classes at its top level and its logging; of DeepSpeed, `import deepspeed` (its engine)."""
+    if path.parent.name == "compat":
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("transformers", "deepspeed"):
+            names = {alias.name for alias in node.names}
+            public = node.module == "transformers" and all(name[0].isupper() for name in names)
+            assert public or (node.module, names) == ("transformers.utils", {"logging"}), ast.unparse(node)
+        if isinstance(node, ast.Import):
+            assert not [a.name for a in node.names if a.name.startswith(("transformers.", "deepspeed."))], path
+    compat = [ROOT / "minillm" / "compat" / name for name in ("transformers_api.py", "deepspeed_api.py")]
+    hidden = set().union(*map(private_names, compat))
+    assert {"_name_or_path", "ds_tensor", "_hp_optimizer_states_linked"} <= hidden
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not hidden & (private_names(path) | strings)
 
 
 def test_no_cycles():

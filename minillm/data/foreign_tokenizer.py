@@ -250,11 +250,10 @@ def from_ranks(
             out and new tokens come after the largest.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    converter = TikTokenConverter()
-    converter.load_tiktoken_bpe = lambda ranks: ranks  # it would read them from a file
-    vocabulary, merges = converter.extract_vocab_merges_from_model(ranks)
+    from minillm.compat.transformers_api import bpe_of_tiktoken_ranks
+
+    vocabulary, merges = bpe_of_tiktoken_ranks(ranks)
     last = max([*ranks.values(), *special_tokens.values()])
     free = sorted(set(range(last + 1)) - set(ranks.values()) - set(special_tokens.values()))
     special = {**special_tokens, **{f"<|reserved_{index}|>": index for index in free}}

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from minillm.compat.transformers_api import set_source_folder, source_folder
 from minillm.interop.families import FAMILIES, require_known_family, require_native_family
 from minillm.interop.family import MULTI_TOKEN, Family
 from minillm.interop.weights import fill, load_strictly, stored_tensors, to_ours, to_theirs
@@ -47,7 +48,7 @@ def from_transformers(source: PreTrainedModel | str | Path) -> MiniLLMForCausalL
     weights = to_ours(native.state_dict(), family.rules(native.config), native.config)
     model = fill(MiniLLMForCausalLM(config), weights, place)
     model.generation_config = copy.deepcopy(native.generation_config)
-    model.config._name_or_path = native.config._name_or_path
+    set_source_folder(model.config, source_folder(native.config))
     return model
 
 

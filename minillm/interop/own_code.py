@@ -1,8 +1,8 @@
 """Beside a saved model of ours, the code it needs: for families that no class of transformers computes.
 
 Contract: the folder loads in a process that has torch and transformers only, with `trust_remote_code=True`. The code is
-minillm/models (and minillm/architecture.py) as it stands, its imports made relative: transformers' loader wants flat
-folders. Only what the model needs is copied.
+minillm/models (with minillm/architecture.py and minillm/compat/transformers_api.py) as it stands, its imports made
+relative: transformers' loader wants flat folders. Only what the model needs is copied.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMModel
 from minillm.utils.files import read_json, write_json
 
 AUTO_CLASSES = {"AutoConfig": MiniLLMConfig, "AutoModel": MiniLLMModel, "AutoModelForCausalLM": MiniLLMForCausalLM}
-_IMPORT = re.compile(r"^(\s*)from minillm\.(?:models\.)?(\w+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^(\s*)from minillm\.(?:models\.|compat\.)?(\w+) import", re.MULTILINE)
 
 
 def add_own_code(folder: Path) -> list[str]:
     """Write the modules into a folder `save_pretrained` wrote and name them in its config.json; their file names."""
-    sources = _needed_modules(AUTO_CLASSES["AutoModelForCausalLM"].__module__.rpartition(".")[2])
+    sources = _needed_modules(AUTO_CLASSES["AutoModelForCausalLM"].__module__)
     for name, text in sources.items():
         (folder / f"{name}.py").write_text(_IMPORT.sub(r"\1from .\2 import", text), encoding="utf-8")
     config = read_json(folder / "config.json")
@@ -33,17 +33,17 @@ def add_own_code(folder: Path) -> list[str]:
 
 
 def _needed_modules(first: str) -> dict[str, str]:
-    """The source of a module of minillm.models, and of every module of the project it imports, however deep."""
-    models = Path(minillm.models.__file__).parent
+    """The source of a module, and of every module of the project it imports, however deep; by its name alone."""
+    root = Path(minillm.models.__file__).parents[2]
     sources: dict[str, str] = {}
     wanted = [first]
     while wanted:
-        name = wanted.pop()
+        module = wanted.pop()
+        name = module.rpartition(".")[2]
         if name in sources:
             continue
-        path = models / f"{name}.py"
-        sources[name] = (path if path.is_file() else models.parent / f"{name}.py").read_text(encoding="utf-8")
-        wanted += [m.rpartition(".")[2] for m in _project_imports(sources[name])]
+        sources[name] = root.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        wanted += _project_imports(sources[name])
     return dict(sorted(sources.items()))
 
 

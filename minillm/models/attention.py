@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.linear import Linear, should_widen
@@ -213,7 +213,7 @@ class GroupedQueryAttention(nn.Module):
         hidden_states: torch.Tensor,
         positions: torch.Tensor | None = None,
         attention_mask: torch.Tensor | PackedDocuments | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; `positions` is the rotation [B, T, 1, R], or None where nothing rotates."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -227,8 +227,8 @@ class GroupedQueryAttention(nn.Module):
         query = apply_rotary(query, positions).transpose(1, 2)  # [B, N, T, H]
         key = apply_rotary(key, positions).transpose(1, 2)  # [B, K, T, H]
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, H]
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # [B, K, S, H]
         dropout = self.dropout if self.training else 0.0
         mixed = attend(query, key, value, attention_mask, dropout=dropout, window=self.window)
         mixed = mixed.transpose(1, 2).flatten(2)
@@ -242,7 +242,7 @@ def build_attention_mask(
     device: torch.device,
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     layer_idx: int = 0,
     sliding_window: int | None = None,
 ) -> torch.Tensor | PackedDocuments | None:
@@ -253,7 +253,7 @@ def build_attention_mask(
         attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished causal mask [B, 1, T, S], returned as it is
             (where T == S, cut to the window).
         document_ids: [B, T], equal within a document, which is one run of neighbours; only without cached tokens.
-        past_key_values: the cache, before this forward's keys are added.
+        cache: the cache, before this forward's keys are added.
         layer_idx: a layer of this kind, whose part of the cache is asked.
         sliding_window: tokens a query sees, itself included.
 
@@ -265,15 +265,15 @@ def build_attention_mask(
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return _cut_to_window(attention_mask, sliding_window)
-    num_cached = 0 if past_key_values is None else past_key_values.get_seq_length(layer_idx)
-    num_keys, offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, layer_idx)
+    num_cached = 0 if cache is None else cache.get_seq_length(layer_idx)
+    num_keys, offset = (length, 0) if cache is None else cache.get_mask_sizes(length, layer_idx)
     if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None
     fits = offset + num_keys == num_cached + length  # false for a static cache, whose tail holds no tokens yet
     in_window = sliding_window is None or num_keys <= sliding_window
     if attention_mask is None and document_ids is None and fits and in_window and (length == 1 or not num_cached):
         return None
-    if attention_mask is None and past_key_values is None and _packs(device):
+    if attention_mask is None and cache is None and _packs(device):
         return pack_documents(document_ids, sliding_window)
     queries = torch.arange(num_cached, num_cached + length, device=device)[:, None]
     keys = torch.arange(offset, offset + num_keys, device=device)[None, :]

@@ -18,7 +18,7 @@ class MiniLLMConfig(PretrainedConfig):
     """Configuration of MiniLLMForCausalLM; every field of minillm.architecture.DEFAULTS, in that order."""
 
     model_type = "minillm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # by the older and the newer transformers
 
     vocab_size: int = DEFAULTS["vocab_size"]
     hidden_size: int = DEFAULTS["hidden_size"]

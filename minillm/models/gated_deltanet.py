@@ -27,9 +27,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers import Cache
 
+from minillm.compat.transformers_api import init, linear_attention_states
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from minillm.models.linear import Linear
@@ -65,7 +65,7 @@ class GatedDeltaNet(nn.Module):
         hidden_states: torch.Tensor,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; `positions` are not used, `mask` as in the header."""
         length = hidden_states.shape[1]
@@ -77,9 +77,9 @@ class GatedDeltaNet(nn.Module):
             real = (mask >= 0)[..., None]
             mixed, beta, g = mixed * real, beta * real, g * real
         past_inputs = state = None
-        if past_key_values is not None:
-            past_inputs = past_key_values.get_conv_state(self.layer_idx)  # [B, F, kernel or more]
-            state = past_key_values.get_recurrent_state(self.layer_idx)  # [B, N, H, V]
+        if cache is not None:
+            # [B, F, kernel or more] and [B, N, H, V]
+            past_inputs, state = linear_attention_states(cache, self.layer_idx)
         convolved = self.conv(mixed, past_inputs, segments)
         query, key, value = convolved.split(self.widths, dim=-1)
         query, key = (x.unflatten(-1, (self.num_key_heads, self.key_dim)) for x in (query, key))
@@ -88,11 +88,11 @@ class GatedDeltaNet(nn.Module):
             output, state = recurrent_gated_delta_rule(query, key, value, g, beta, state)
         else:
             output, state = chunked_gated_delta_rule(query, key, value, g, beta, state, segments)
-        if past_key_values is not None:
-            past_key_values.update_conv_state(
+        if cache is not None:
+            cache.update_conv_state(
                 mixed.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv.kernel_size
             )
-            past_key_values.update_recurrent_state(state, self.layer_idx)
+            cache.update_recurrent_state(state, self.layer_idx)
         gate = self.z_proj(hidden_states).unflatten(-1, (self.num_value_heads, self.value_dim))
         return self.o_proj(self.norm(output, gate).flatten(2))
 

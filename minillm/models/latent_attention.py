@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from minillm.models.attention import PackedDocuments, attend
 from minillm.models.configuration_minillm import MiniLLMConfig
@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
         hidden_states: torch.Tensor,
         positions: torch.Tensor,
         attention_mask: torch.Tensor | PackedDocuments | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; `positions` is the rotation [B, T, 1, R], the mask as `attend` takes it."""
         query_nope, query_rope = self._queries(hidden_states, positions)  # [B, N, T, P], [B, N, T, R]
@@ -68,8 +68,8 @@ class LatentAttention(nn.Module):
         latent, key_rope = compressed.split((self.kv_lora_rank, self.rope_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)[:, None]  # [B, 1, T, C]
         key_rope = apply_rotary(key_rope[:, :, None], positions).transpose(1, 2)  # [B, 1, T, R]
-        if past_key_values is not None:
-            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)  # [B, 1, S, C], [B, 1, S, R]
+        if cache is not None:
+            latent, key_rope = cache.update(latent, key_rope, self.layer_idx)  # [B, 1, S, C], [B, 1, S, R]
         # Only a cache makes more keys than queries, and only there is the mask never PackedDocuments.
         in_latent_space = self._is_cheaper_in_latent_space(query_nope.shape[2], latent.shape[2])
         form = self._attend_latent if in_latent_space else self._attend_expanded

@@ -1,7 +1,7 @@
 """Which sequence mixer a layer has, and the masks the mixers of one forward share.
 
 The seam: a mixer is built as Mixer(config, layer_idx) and called as
-`mixer(hidden_states, positions, mask, past_key_values)`, [B, T, D] in and out, where `positions` is the rotation that
+`mixer(hidden_states, positions, mask, cache)`, [B, T, D] in and out, where `positions` is the rotation that
 the model's position module returned (None where positions are added to the embeddings) and `mask` is what the builder
 in MASKS made for this layer's type. Attention layers get None (plain causal) or bool [B, 1, T, S], True where a query
 may look, or on CUDA its short form attention.PackedDocuments (`attend` takes all three); linear_attention layers get
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from minillm.models.attention import GroupedQueryAttention, build_attention_mask
 from minillm.models.configuration_minillm import MiniLLMConfig
@@ -46,7 +46,7 @@ def build_masks(
     device: torch.device,
     attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
     document_ids: torch.Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """One mask for each type of layer the model has.
 
@@ -55,18 +55,18 @@ def build_masks(
         attention_mask: 0/1 [B, cached + T], 0 at padding; or a finished mask [B, 1, T, S]; or finished masks by layer
             type, as `generate` makes them for a cache of fixed size.
         document_ids: [B, T], equal within a document; only without cached tokens.
-        past_key_values: the cache, before this forward's tokens are added.
+        cache: the cache, before this forward's tokens are added.
 
     Raises:
         ValueError: documents with cached tokens, or a finished mask for a layer that takes none.
     """
-    if document_ids is not None and past_key_values is not None and past_key_values.get_seq_length():
+    if document_ids is not None and cache is not None and cache.get_seq_length():
         raise ValueError("document_ids cannot be used with cached tokens: pack documents only without a cache")
     masks = {}
     for layer_type in dict.fromkeys(config.layer_types):
         given = attention_mask.get(layer_type) if isinstance(attention_mask, dict) else attention_mask
         first = config.layer_types.index(layer_type)
-        masks[layer_type] = MASKS[layer_type](config, first, length, device, given, document_ids, past_key_values)
+        masks[layer_type] = MASKS[layer_type](config, first, length, device, given, document_ids, cache)
     return masks
 
 
@@ -78,7 +78,7 @@ def _sliding(config, layer_idx, *arguments):
     return build_attention_mask(*arguments, layer_idx=layer_idx, sliding_window=config.sliding_window)
 
 
-def _linear(config, layer_idx, length, device, attention_mask, document_ids, past_key_values):
+def _linear(config, layer_idx, length, device, attention_mask, document_ids, cache):
     """int64 [B, T]: the document of each token, -1 at padding; None where each row is one unpadded document."""
     if attention_mask is not None and attention_mask.dim() == 4:
         raise ValueError("linear_attention layers take no finished mask [B, 1, T, S]: pass a 0/1 mask [B, T]")

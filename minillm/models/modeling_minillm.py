@@ -15,13 +15,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import AutoTokenizer, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
+from minillm.compat.transformers_api import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    BaseModelOutputWithPast,
+    BothCacheNames,
+    CausalLMOutputWithPast,
+    GradientCheckpointingLayer,
+    init,
+    source_folder,
+    takes_both_cache_names,
+    warn_once,
+)
 from minillm.models.balancing import Routing, routing_by_layer
 from minillm.models.chat import encode_chat
 from minillm.models.configuration_minillm import MiniLLMConfig
@@ -59,12 +66,12 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         positions: torch.Tensor | None,
         masks: dict[str, torch.Tensor | None],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         counted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing | None]:
         """[B, T, D] -> [B, T, D], and what the router did; the other arguments as in mixers and feed_forward."""
         mask = masks[self.layer_type]
-        mixed = self.mixer(self.input_layernorm(hidden_states), positions, mask, past_key_values)
+        mixed = self.mixer(self.input_layernorm(hidden_states), positions, mask, cache)
         hidden_states = hidden_states + self.dropout(mixed)
         normed = self.post_attention_layernorm(hidden_states)
         fed, routing = self.mlp(normed, counted) if self.is_sparse else (self.mlp(normed), None)
@@ -72,7 +79,7 @@ class MiniLLMDecoderLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class MiniLLMModelOutput(BaseModelOutputWithPast):
+class MiniLLMModelOutput(BothCacheNames, BaseModelOutputWithPast):
     """The decoder's hidden states, and in training what its routers did and its multi-token modules made."""
 
     routings: tuple[Routing, ...] | None = None  # one a sparse layer, multi-token modules last
@@ -80,7 +87,7 @@ class MiniLLMModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class MiniLLMCausalLMOutput(CausalLMOutputWithPast):
+class MiniLLMCausalLMOutput(BothCacheNames, CausalLMOutputWithPast):
     """Logits and loss, and the parts of the loss by name.
 
     Attributes:
@@ -105,7 +112,7 @@ class MiniLLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniLLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
@@ -147,13 +154,14 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_both_cache_names
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         counted: torch.Tensor | None = None,
@@ -168,18 +176,22 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        computes_again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if computes_again and (use_cache or cache is not None):
+            warn_once("gradient checkpointing computes layers twice, which would extend a cache twice: none is used")
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         length, device = embeddings.shape[1], embeddings.device
         if position_ids is None:
-            position_ids = _default_position_ids(length, device, attention_mask, past_key_values)
-        masks = build_masks(self.config, length, device, attention_mask, document_ids, past_key_values)
+            position_ids = _default_position_ids(length, device, attention_mask, cache)
+        masks = build_masks(self.config, length, device, attention_mask, document_ids, cache)
         hidden_states, positions = self.positions(embeddings, position_ids)
         hidden_states = self.dropout(hidden_states)
         routings: list[Routing | None] = []
         for layer in self.layers:
             hidden_states, routing = layer(
-                hidden_states, positions=positions, masks=masks, past_key_values=past_key_values, counted=counted
+                hidden_states, positions=positions, masks=masks, cache=cache, counted=counted
             )
             routings.append(routing)
         hidden_states = self.norm(hidden_states)
@@ -194,7 +206,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
                 routings.append(routing)
         output = MiniLLMModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             routings=tuple(routing for routing in routings if routing is not None) or None,
             multi_token_states=tuple(ahead) or None,
         )
@@ -202,12 +214,12 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
 
 
 def _default_position_ids(
-    length: int, device: torch.device, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    length: int, device: torch.device, attention_mask: torch.Tensor | None, cache: Cache | None
 ) -> torch.Tensor:
     """[1, T] counted on from the cache, or [B, T] counted over the real tokens where a 0/1 mask says which they are."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    start = 0 if past_key_values is None else past_key_values.get_seq_length()
+    start = 0 if cache is None else cache.get_seq_length()
     return torch.arange(start, start + length, device=device)[None]
 
 
@@ -222,13 +234,14 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_both_cache_names
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
@@ -247,7 +260,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             position_ids: [B, T]; counted from the mask and the cache when absent. Packed rows pass their own, which
                 begin again at each document.
             document_ids: [B, T], equal within a document: tokens see only their own document.
-            past_key_values: transformers' Cache, extended in place.
+            cache: transformers' Cache, extended in place; `past_key_values` is its name before transformers 5.24.
             labels: [B, T], shifted here: the logits at t are held against labels[t + 1]. -100 is ignored.
             shift_labels: [B, T], already the targets of their own position. -100 is ignored. Not with `labels`.
             num_items_in_batch: the loss is the sum over targets divided by this; the mean over targets when absent.
@@ -262,7 +275,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         targets = next_token_targets(labels) if labels is not None else shift_labels
         counted = counted_tokens(targets) if self.training and targets is not None else None
         outputs = self.model(
-            input_ids, attention_mask, position_ids, document_ids, past_key_values, inputs_embeds, use_cache, counted
+            input_ids, attention_mask, position_ids, document_ids, cache, inputs_embeds, use_cache, counted
         )
         hidden_states = outputs.last_hidden_state
         if return_logits is None:
@@ -294,7 +307,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         output = MiniLLMCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.cache},
             losses=losses,
             routing=routing,
         )
@@ -319,10 +332,10 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             ValueError: no tokenizer or no chat template, or a conversation as long as the context.
         """
         if tokenizer is None:
-            if not self.config._name_or_path:
+            if not source_folder(self.config):
                 raise ValueError("this model was not loaded from a folder: pass chat(..., tokenizer=...)")
             # With the config at hand the loader need not ask whether a folder's own code may run to read it.
-            tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path, config=self.config)
+            tokenizer = AutoTokenizer.from_pretrained(source_folder(self.config), config=self.config)
         messages = [*(history or []), {"role": "user", "content": message}]
         ids, end_of_turn = encode_chat(tokenizer, messages)
         room = self.config.max_position_embeddings - len(ids)

@@ -18,10 +18,13 @@ import torch.distributed as dist
 from torch import nn
 
 try:
-    from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec, parse_autoep_config
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-    from deepspeed.moe.ep_count import count_tokens_per_expert
-    from deepspeed.moe.layer import MoE
+    from minillm.compat.deepspeed_api import (
+        AutoEPLayer,
+        AutoEPSpec,
+        MoE,
+        count_tokens_per_expert,
+        parse_autoep_options,
+    )
 except ImportError as error:  # chat, export and evaluation go without
     raise ImportError("experts on several ranks need DeepSpeed 0.19.8: pip install 'deepspeed>=0.19.8'") from error
 
@@ -161,7 +164,7 @@ class AutoEPExperts(nn.Module):
         source = nn.Module()
         source.gate = nn.Linear(hidden, total, bias=False)  # AutoEP wants one to copy; the copy is thrown away
         source.experts = experts
-        spec = MoELayerSpec(
+        spec = AutoEPSpec(
             moe_module_name="experts", model_family="deepseek_v3", router_name="gate", experts_name="experts",
             expert_storage="fused_3d", expert_w1_name="gate_up_proj", expert_w2_name="down_proj", expert_w3_name=None,
             num_experts=total, top_k=top_k, hidden_size=hidden, ffn_hidden_size=width, score_func="softmax",
@@ -169,8 +172,8 @@ class AutoEPExperts(nn.Module):
             router_logits_capture_target="none", router_logits_capture_index=None,
             router_logits_capture_layer_name=None, has_shared_experts=False, shared_experts_name="",
         )  # fmt: skip
-        config: AutoEPConfig = parse_autoep_config({**options, "enabled": True, "autoep_size": size})
-        self.moe = AutoEPMoELayer(spec, source, size, rank, config)
+        config = parse_autoep_options({**options, "enabled": True, "autoep_size": size})
+        self.moe = AutoEPLayer(spec, source, size, rank, config)
         self.moe.router = _GivenChoice(total)
         self.group_name = self.moe.ep_group_name
 

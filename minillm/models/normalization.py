@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 
+from minillm.compat.transformers_api import init
 from minillm.models.configuration_minillm import MiniLLMConfig
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 
+from minillm.compat.transformers_api import init
 from minillm.models.configuration_minillm import MiniLLMConfig
 
 

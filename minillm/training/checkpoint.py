@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig
 
+from minillm.compat.deepspeed_api import link_optimizer_states, set_counters
 from minillm.data.tokenizer import save_tokenizer
 from minillm.interop.load import list_checkpoints, newest_checkpoint
 from minillm.training.expert_parallel import whole_parameters
@@ -29,7 +30,6 @@ from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.training.state import TrainState
 from minillm.training.zero_state import (
     MOMENTS,
-    link_optimizer_states,
     loss_scale_state,
     read_full_state,
     reset_optimizer_state,
@@ -367,7 +367,7 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
         write_full_state(engine, "weight", file.get_tensor)
     if "loss_scale" in values:
         restore_loss_scale(engine, values["loss_scale"])
-    reset_counters(engine, state.step)
+    set_counters(engine, state.step)
     with _named(path / GENERATORS):
         generators = read_json(path / GENERATORS)["ranks"]
         if not isinstance(generators, list) or not generators:
@@ -377,13 +377,6 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
         else:
             seed_rank(seed, state.step)
     return state
-
-
-def reset_counters(engine, step: int) -> None:
-    """DeepSpeed's own counters: micro_steps decides where an accumulation ends."""
-    engine.global_steps, engine.micro_steps = step, step * engine.gradient_accumulation_steps()
-    engine.global_samples = step * engine.train_batch_size()
-    engine.skipped_steps = 0
 
 
 def seed_rank(seed: int, step: int) -> None:

@@ -19,14 +19,22 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
+from minillm.compat.deepspeed_api import (
+    base_optimizer,
+    count_micro_step,
+    dynamic_loss_scaler,
+    forget_expert_parallel_groups,
+    gradient_overflowed,
+    leave_out_inference_ops,
+    link_optimizer_states,
+)
 from minillm.config import RunConfig
 from minillm.models.capacity import Capacity
 from minillm.training.deepspeed_config import precision
-from minillm.training.expert_parallel import forget_groups, parallelise_experts
+from minillm.training.expert_parallel import parallelise_experts
 from minillm.training.optim import build_optimizer
-from minillm.training.zero_state import base_optimizer, dynamic_loss_scaler, link_optimizer_states, loss_scale_state
+from minillm.training.zero_state import loss_scale_state
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 
@@ -78,8 +86,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed compiles a shared-memory all-reduce for inference at the first start; training has no use for it.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    leave_out_inference_ops()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None)
@@ -88,7 +95,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     finally:
         # Without it, about one gloo run in ten aborts at exit.
         dist.destroy_process_group()
-        forget_groups()
+        forget_expert_parallel_groups()
         for name in alone:
             del os.environ[name]
 
@@ -169,7 +176,7 @@ def run_step(
     while True:
         scale = loss_scale_state(engine)
         result = _attempt_step(engine, micro_batches, num_target_tokens, before_update, accept)
-        if not getattr(engine.optimizer, "overflow", False):  # ZeRO's optimizers leave such a step out by themselves
+        if not gradient_overflowed(engine):  # ZeRO's optimizers leave such a step out by themselves
             return result
         if scale is None or scale["cur_scale"] <= dynamic_loss_scaler(engine).min_scale:
             raise NonFiniteError(f"the loss is {result.loss:.4f}, but the gradient is not finite")
@@ -236,10 +243,10 @@ def _drop_update(engine) -> None:
     """Forget the gradients of a step whose last backward pass made them nan."""
     if engine.zero_optimization_stage() == 0:  # DeepSpeed would apply them
         engine.module.zero_grad(set_to_none=True)
-        engine.micro_steps += 1
+        count_micro_step(engine)
         return
     engine.step()
-    if not engine.optimizer.overflow:
+    if not gradient_overflowed(engine):
         raise RuntimeError("DeepSpeed applied a gradient that is no number")
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import nn
 
+from minillm.compat.deepspeed_api import expert_parallel_group, full_shape, make_expert_parallel_groups
 from minillm.models.capacity import Capacity
 from minillm.models.moe import SparseMoE
 from minillm.models.moe_deepspeed import AutoEPExperts, DeepSpeedExperts
@@ -40,8 +40,7 @@ def parallelise_experts(
     """
     if backend == "torch":
         return
-    if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(size)
+    make_expert_parallel_groups(size)
     rank = distributed.rank() % size
     for module in [module for module in model.modules() if isinstance(module, SparseMoE)]:
         if backend == "deepspeed":
@@ -49,13 +48,6 @@ def parallelise_experts(
             module.capacity = capacity
         else:
             module.experts = AutoEPExperts(module.experts, module.gate.top_k, rank, size, options or {})
-
-
-def forget_groups() -> None:
-    """DeepSpeed keeps expert-parallel groups by name when the process group they belong to is gone."""
-    for table in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
-        for name in (table, f"{table}_RANKS"):
-            getattr(groups, name).clear()
 
 
 @dataclass(frozen=True)
@@ -91,17 +83,12 @@ class WholeParameter:
         return list(whole.split(sizes, dim=1)) if sizes else [whole]
 
 
-def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """An engine's parameter without ZeRO's partitioning; at ZeRO-3 the parameter itself is empty."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def whole_parameters(model: nn.Module) -> Iterator[WholeParameter]:
     """Every trainable parameter of an engine's module, in an order that is the same on every rank."""
     shards: dict[int, WholeParameter] = {}
     for name, module in model.named_modules():
         if hasattr(module, "shards"):
-            group = groups._get_expert_parallel_group(module.group_name)
+            group = expert_parallel_group(module.group_name)
             for inner, parts in module.shards():
                 shape = _joined_shape([full_shape(p) for p in parts], dist.get_world_size(group))
                 whole = WholeParameter(f"{name}.{inner}", shape, parts, group)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from minillm.accounting import flops_per_token
+from minillm.compat.deepspeed_api import set_counters
 from minillm.config import RunConfig, raise_problems
 from minillm.data.tokenizer import token_byte_lengths
 from minillm.models import MiniLLMConfig
@@ -202,7 +203,7 @@ class Trainer:
         checkpoint.reset_optimizer_state(self.engine, 0)
         if exact_weights is not None:
             write_full_state(self.engine, "weight", exact_weights.__getitem__)
-        checkpoint.reset_counters(self.engine, 0)
+        set_counters(self.engine, 0)
         checkpoint.seed_rank(self.config.seed, 0)
         say(f"fresh start in {self.config.run_dir}" + (f", weights from {self.data.base}" if self.data.base else ""))
         return TrainState()

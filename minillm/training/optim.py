@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
+from minillm.compat.deepspeed_api import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from minillm.config import OptimSection
 
 

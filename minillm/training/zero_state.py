@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from deepspeed.utils import (
+
+from minillm.compat.deepspeed_api import (
+    base_optimizer,
+    dynamic_loss_scaler,
+    full_shape,
+    is_partitioned,
+    is_sharded,
+    own_partition,
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
@@ -20,26 +27,9 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-
-from minillm.training.expert_parallel import full_shape, whole_parameters
+from minillm.training.expert_parallel import whole_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def base_optimizer(engine) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's ZeRO wrapper (or the optimizer itself at stage 0)."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def link_optimizer_states(engine) -> None:
-    """Link the moments of every parameter group to its parameters.
-
-    ZeRO-1/2 links after the first group's first step, when later groups have no state yet; so unlink and link again.
-    """
-    wrapper = engine.optimizer
-    if hasattr(wrapper, "_hp_optimizer_states_linked"):
-        wrapper._hp_optimizer_states_linked = False
-        wrapper._lazy_init_hp_params_optimizer_state()
 
 
 def read_full_state(engine, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -81,31 +71,16 @@ def _write_part(engine, parameter: torch.nn.Parameter, kind: str, value: torch.T
     if not is_sharded(parameter):
         target = parameter.data if kind == "weight" else base_optimizer(engine).state[parameter][kind]
         target.copy_(value)
-    elif hasattr(parameter, "ds_id"):
-        _write_partition(parameter, kind, value)
+    elif is_partitioned(parameter):  # safe_set_full_* fails where ranks do not divide a parameter
+        part = own_partition(parameter, value)
+        if kind == "weight":
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, kind)
     elif kind == "weight":
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, kind)
-
-
-def is_sharded(parameter: torch.nn.Parameter) -> bool:
-    """False at ZeRO-0, where parameters and states are ordinary tensors."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def _write_partition(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
-    """ZeRO-3: this rank's slice of the zero-padded flat tensor (safe_set_full_* fails where ranks do not divide it)."""
-    size = parameter.ds_tensor.numel()
-    optimizer = parameter._z3_optimizer
-    ranks = optimizer._get_param_partition_world_size(parameter)
-    flat = torch.zeros(size * ranks, dtype=torch.float32)
-    flat[: value.numel()] = value.reshape(-1)
-    part = flat.narrow(0, size * optimizer._get_param_partition_rank(parameter), size).to(parameter.ds_tensor.device)
-    if kind == "weight":
-        safe_set_local_fp32_param(parameter, part)
-    else:
-        safe_set_local_optimizer_state(parameter, part, kind)
 
 
 def reset_optimizer_state(engine, optimizer_step: int) -> None:
@@ -123,12 +98,6 @@ def reset_optimizer_state(engine, optimizer_step: int) -> None:
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def dynamic_loss_scaler(engine):
-    """fp16's loss scaler, None in other precisions and with a fixed scale."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def loss_scale_state(engine) -> dict[str, float] | None:

@@ -46,7 +46,7 @@ def measure(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, cache=output.cache, use_cache=True)
     synchronize()
     return prefilled - start, (time.perf_counter() - prefilled) / new_tokens
 

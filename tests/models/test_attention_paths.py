@@ -150,7 +150,7 @@ def test_padded_batch_equals_single_ones(model, left):
 def test_prefill_and_decode_equal_one_pass(preset, kind, chunks):
     model, ids = model_of(preset), tokens(2, sum(chunks))
     cache = make_cache(model, kind)
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(chunks, dim=1)]
+    parts = [model(part, cache=cache).logits for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **MODEL)
 
 
@@ -162,9 +162,9 @@ def test_left_padded_decode_equals_single_one(preset, kind):
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     cache = make_cache(model, kind)
-    logits = [model(ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache).logits]
+    logits = [model(ids[:, :prompt], attention_mask=mask[:, :prompt], cache=cache).logits]
     for t in range(prompt, prompt + 4):
-        logits += [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits]
+        logits += [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits]
     logits = torch.cat(logits, dim=1)
     torch.testing.assert_close(logits[0], model(long).logits[0], **MODEL)
     torch.testing.assert_close(logits[1, 4:], model(short).logits[0], **MODEL)
@@ -191,7 +191,7 @@ def test_a_rolling_cache_keeps_no_more_than_the_window():
     model = model_of("mistral-mini")
     cache = make_cache(model, "dynamic")
     for part in tokens(1, 30).split([20, *[1] * 10], dim=1):
-        model(part, past_key_values=cache)
+        model(part, cache=cache)
     assert model.config.sliding_window == WINDOW
     assert {layer.keys.shape[2] for layer in cache.layers} == {WINDOW - 1}
 
@@ -209,9 +209,9 @@ def test_tokens_beyond_every_window_change_nothing():
 
 def test_document_ids_with_cached_tokens_are_refused(model):
     cache = DynamicCache(config=model.config)
-    model(tokens(1, 3), past_key_values=cache)
+    model(tokens(1, 3), cache=cache)
     with pytest.raises(ValueError, match="document_ids"):
-        model(tokens(1, 2), document_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache)
+        model(tokens(1, 2), document_ids=torch.zeros(1, 2, dtype=torch.long), cache=cache)
 
 
 def gradients(model: MiniLLMForCausalLM, run=None) -> dict[str, torch.Tensor]:

@@ -240,7 +240,7 @@ def test_padding_changes_nothing(side):
         (outputs * torch.linspace(-1, 1.5, outputs.numel()).view_as(outputs)).sum().backward()
         cache = empty_cache(module)
         with torch.no_grad():
-            module(x, mask=mask if padding else None, past_key_values=cache)
+            module(x, mask=mask if padding else None, cache=cache)
         results.append([outputs, cache.get_recurrent_state(0), *(p.grad for p in module.parameters())])
     for plain, padded in zip(*results):
         assert far(padded, plain) < EXACT
@@ -252,7 +252,7 @@ def test_prefill_and_steps_equal_one_pass(parts):
     module = mixer()
     x = hidden(sum(parts))
     cache = empty_cache(module)
-    outputs = torch.cat([module(part, past_key_values=cache) for part in x.split(parts, dim=1)], dim=1)
+    outputs = torch.cat([module(part, cache=cache) for part in x.split(parts, dim=1)], dim=1)
     assert far(outputs, module(x)) < EXACT
 
 
@@ -262,8 +262,8 @@ def test_left_padded_rows_decode_like_single_ones():
     x = hidden(12)
     mask = torch.tensor([[-1] * 5 + [0] * 4, [0] * 9])
     cache = empty_cache(module)
-    outputs = [module(x[:, :9], mask=mask, past_key_values=cache)]
-    outputs += [module(x[:, t : t + 1], past_key_values=cache) for t in range(9, 12)]
+    outputs = [module(x[:, :9], mask=mask, cache=cache)]
+    outputs += [module(x[:, t : t + 1], cache=cache) for t in range(9, 12)]
     outputs = torch.cat(outputs, dim=1)
     assert far(outputs[0, 5:], module(x[:1, 5:])[0]) < EXACT
     assert far(outputs[1], module(x[1:])[0]) < EXACT
@@ -273,9 +273,9 @@ def test_left_padded_rows_decode_like_single_ones():
 def test_reordered_cache_goes_on_from_the_chosen_rows():
     module, x = mixer(), hidden(10)
     cache = empty_cache(module)
-    module(x[:, :9], past_key_values=cache)
+    module(x[:, :9], cache=cache)
     cache.layers[0].reorder_cache(torch.tensor([1, 1]))
-    following = module(x[:, 9:], past_key_values=cache)
+    following = module(x[:, 9:], cache=cache)
     expected = module(torch.cat((x[[1, 1], :9], x[:, 9:]), dim=1))[:, 9:]
     assert far(following, expected) < EXACT
 
@@ -355,8 +355,8 @@ def test_prefill_in_pieces_equals_one_pass_in_the_model():
     ids, cache = torch.randint(1, 101, (2, 20)), None
     logits = []
     for part in ids.split([9, 1, 6, 4], dim=1):
-        output = model(part, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(part, cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     assert far(torch.cat(logits, dim=1), model(ids).logits) < 1e-4
 

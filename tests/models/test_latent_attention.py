@@ -164,7 +164,7 @@ def test_prefill_and_decode_equal_one_pass(kind, chunks):
 def test_a_cached_token_holds_the_latent_and_one_rotated_key(dtype):
     model = toy_model("deepseek-v3-mini", **DENSE).eval().to(dtype)
     ids = torch.randint(1, 101, (2, 10))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     per_token = (model.config.kv_lora_rank + model.config.qk_rope_head_dim) * dtype.itemsize
     for layer in cache.layers:
         held = sum(x.numel() * x.element_size() for x in (layer.keys, layer.values))
@@ -179,7 +179,7 @@ def test_model_prefill_and_decode_equal_one_pass(make_cache, chunks, q_lora_rank
     model = toy_model("deepseek-v3-mini", **DENSE, q_lora_rank=q_lora_rank).eval()
     ids = torch.randint(1, 101, (2, 9))
     cache = DynamicCache() if make_cache == "dynamic" else StaticCache(config=model.config, max_cache_len=16)
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(chunks, dim=1)]
+    parts = [model(part, cache=cache).logits for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **MODEL)
 
 
@@ -189,9 +189,9 @@ def test_model_left_padding_and_decoding_equal_single_rows():
     ids = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1)])
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
     cache = DynamicCache()
-    logits = [model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache).logits]
+    logits = [model(ids[:, :6], attention_mask=mask[:, :6], cache=cache).logits]
     for t in (6, 7, 8):
-        logits += [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits]
+        logits += [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits]
     logits = torch.cat(logits, dim=1)
     torch.testing.assert_close(logits[0], model(long).logits[0], **MODEL)
     torch.testing.assert_close(logits[1, 4:], model(short).logits[0], **MODEL)

@@ -176,7 +176,7 @@ def test_experts_are_balanced_over_tokens_whose_next_token_is_there():
 def test_modules_keep_nothing_in_a_cache():
     model, inputs = make(), batch()
     del inputs["document_ids"], inputs["position_ids"]
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True).cache
     assert len(cache.layers) == model.config.num_hidden_layers
     assert cache.get_seq_length() == sum(LENGTHS)
 
