@@ -152,7 +152,7 @@ def _read(path: Path) -> list[Change]:
 
 ROUNDS = 5
 SECONDS_OF_SAMPLE = 0.03  # several slices of a scheduler
-MOST_OPERATIONS = 3e9  # of one piece of work, so that wide models do not make it long
+WIDEST, MOST_OPERATIONS = (1024, 4096), 3e9  # of one piece of work, so that it is short for wide models too
 
 
 def product_seconds(rows: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype):
@@ -165,6 +165,7 @@ def product_seconds(rows: int, hidden_size: int, intermediate_size: int, dtype: 
         A function from numbers of threads to the median seconds of one such MLP with each. All ranks work at once, as
         in a step, and the numbers take turns, so that what comes and goes meanwhile meets all of them.
     """
+    hidden_size, intermediate_size = min(hidden_size, WIDEST[0]), min(intermediate_size, WIDEST[1])
     rows = max(1, min(rows, int(MOST_OPERATIONS / (12 * hidden_size * intermediate_size))))
 
     def seconds_with(numbers: list[int]) -> list[float]:

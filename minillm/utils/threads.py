@@ -25,12 +25,13 @@ def set_wait_policy() -> None:
 def threads_of_user() -> int | None:
     """The number of threads a process that OMP_NUM_THREADS asks for; None where the user did not ask.
 
-    torchrun sets it to 1 where nobody did, for every run of several ranks: that is nobody's choice.
+    torchrun sets it to 1 where nobody did and there are several ranks, so that a 1 is nobody's choice there.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if not asked.isdecimal() or int(asked) == 0:
         return None
-    return None if asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ else int(asked)
+    by_torchrun = asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != "1"
+    return None if by_torchrun else int(asked)
 
 
 def num_cores() -> int:
