@@ -152,7 +152,7 @@ def _read(path: Path) -> list[Change]:
 
 ROUNDS = 5
 SECONDS_OF_SAMPLE = 0.03  # several slices of a scheduler
-WIDEST, MOST_OPERATIONS = (1024, 4096), 3e9  # of one piece of work, so that it is short for wide models too
+WIDEST, MOST_OPERATIONS = (1024, 4096), 1e9  # of one piece of work, so that it is short for wide models too
 
 
 def product_seconds(rows: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype):

@@ -15,7 +15,7 @@ from tests.launching import ROOT, environment
 
 SCRIPT = "runpy.run_path({!r}, run_name='__main__')"
 MODULE = "runpy.run_module({!r}, run_name='__main__')"
-ZERO2 = ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json")]
+RUN = ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json"), "data.train=here", "data.validation=here"]
 
 
 def without_policy(**extra: str) -> dict[str, str]:
@@ -47,9 +47,8 @@ def test_the_runtime_that_torch_loads_obeys_it():
 @pytest.mark.parametrize(
     "entry, arguments",
     [
-        (SCRIPT.format(str(ROOT / "launch" / "pretrain.py")), [*ZERO2, "data.train=here", "data.validation=here", "data.tokenizer=here"]),
-        (SCRIPT.format(str(ROOT / "launch" / "sft.py")),
-         [*ZERO2, "data.train=here", "data.validation=here", "model.init_from=here"]),
+        (SCRIPT.format(str(ROOT / "launch" / "pretrain.py")), [*RUN, "data.tokenizer=here"]),
+        (SCRIPT.format(str(ROOT / "launch" / "sft.py")), [*RUN, "model.init_from=here"]),
         (SCRIPT.format(str(ROOT / "launch" / "preflight.py")), []),
         (MODULE.format("minillm.chat"), ["here"]),
         (MODULE.format("minillm.export"), ["here", "out"]),
