@@ -23,6 +23,9 @@ from minillm.training.planned_states import Zero, parameter_groups, states  # no
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
 from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
+from minillm.utils.threads import set_wait_policy  # noqa: E402
+
+set_wait_policy()
 
 BUILTIN_ROOT = Path("data/python-docs")
 BUILTIN_SHARDS = {"pretrain": ("train", "validation"), "sft": ("instructions-train", "instructions-validation")}

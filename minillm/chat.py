@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from minillm.utils.errors import UserError, exit_on_user_error
+from minillm.utils.threads import set_wait_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,6 +212,7 @@ def _from_command_line(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    set_wait_policy()
     args = build_parser().parse_args(argv)
     for stream in (sys.stdin, sys.stdout):
         # A byte the terminal's encoding does not know must not end the chat. (None: started without that stream.)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory, read_json, write_json
 from minillm.utils.logging import say
+from minillm.utils.threads import set_wait_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,6 +158,7 @@ def describe(out: Path, format: str, dtype: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    set_wait_policy()
     args = build_parser().parse_args(argv)
     with exit_on_user_error():
         # Imported late, so that --help and a wrong OUT answer at once.

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from minillm.utils.threads import set_wait_policy
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -28,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    set_wait_policy()
     import torch
 
     ranks = arguments.ranks or torch.cuda.device_count() or 2

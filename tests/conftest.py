@@ -1,10 +1,22 @@
-"""Fixtures several floors share."""
+"""Fixtures several floors share, and how many cores a test takes: one, in this process and in those it starts.
+
+Tiny models gain nothing from a second thread, tests run side by side, and a number that is measured anew in every run
+would let other work on the machine change the last bits of runs that a test compares. A test of several threads sets
+OMP_NUM_THREADS itself.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from tests.training.tiny_data import TINY_MODEL, TINY_RUN, write_tiny_data
+from minillm.utils.threads import set_wait_policy
+
+set_wait_policy()  # before anything imports torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.training.tiny_data import TINY_MODEL, TINY_RUN, write_tiny_data  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ STEPS = 12
 
 
 @pytest.mark.parametrize("ranks, json_name", [(1, "zero2.json"), (2, "zero2.json"), (2, "zero3.json")])
-def test_killed_run_continues_to_the_same_bits(tmp_path, tiny_settings, ranks, json_name):
+def test_killed_run_continues_to_the_same_bits(tmp_path, tiny_settings, ranks, json_name, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2" if ranks == 1 else "1")
     json_file = ROOT / "ds_configs" / json_name
     settings = {**tiny_settings, "run_root": str(tmp_path), "train.max_steps": STEPS, "train.train_batch_size": 8}
     settings["train.train_micro_batch_size_per_gpu"] = 2

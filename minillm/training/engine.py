@@ -82,7 +82,7 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))
+        torch.set_num_threads(distributed.threads_of_rank())
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -55,6 +55,7 @@ from minillm.training.plots import draw_experts, draw_loss
 from minillm.training.recovery import RollBack, SkippedBatches, record_event, spike_threshold
 from minillm.training.signals import StopRequest
 from minillm.training.state import TrainState
+from minillm.training.threads import ThreadCount, product_seconds
 from minillm.training.trackers import NoTracker, Tracker
 from minillm.training.validation import sample, validate
 from minillm.training.watch import HUNG, Watch
@@ -176,10 +177,14 @@ class Trainer:
             own = config.num_experts // run.model.expert_parallel_size
             say(f"experts: {run.model.moe_backend}, {own} of {config.num_experts} of each layer on a rank")
         self.engine = build_engine(model, run, deepspeed_config)
-        peak, origin = peak_flops(torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32
+        peak, origin = peak_flops(dtype)
         say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
         self.meter = Meter(flops_per_token(config.fields(), run.data.seq_len), peak, self.max_steps)
         self.state = self.warm_up_and_restore(exact)
+        rows = run.train.train_micro_batch_size_per_gpu * run.data.seq_len
+        work = product_seconds(rows, config.hidden_size, config.intermediate_size, dtype)
+        self.threads = ThreadCount(run.run_dir, self.state.step, work)
         self.saved_step = self.state.step if self.source is not None else None
         self.tracker = distributed.on_rank_zero(lambda: Tracker(run, self.state.step)) or self.tracker
         self.event("started", step=self.state.step, checkpoint=str(self.source or ""), ranks=distributed.world_size())
@@ -233,7 +238,9 @@ class Trainer:
         self.watch.at(f"step {self.state.step + 1}, loading its batch")
         self.batch = self.loader.batch_at(self.skipped.batch_of(self.state.step))
         tokens, bad = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
-        number, failed = distributed.reduce_max([stop.number, self.writer.has_failed])
+        doubt = self.threads.doubt(self.state.step, self.meter.recent_seconds)
+        number, failed, doubted = distributed.reduce_max([stop.number, self.writer.has_failed, doubt])
+        self.threads.begin_step(self.state.step, bool(doubted))
         if failed:
             self.writer.wait()
         self.num_target_tokens = int(tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -53,51 +55,74 @@ def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
 
 
 SECONDS_BETWEEN_LINES = 5.0
+RECENT = 60.0  # seconds of steps that the progress line speaks of
 
 
 @dataclass
 class Meter:
-    """Speed since the last `read`, counting only time inside steps (not validation, samples or saves)."""
+    """Speed, counting only time inside steps (not validation, samples or saves).
+
+    `read` is the speed since it was last called, for metrics.jsonl. `recent` and `seconds_left`, for the person who
+    reads the progress line, are of the last minute of steps: a machine that becomes busy is told of within a minute.
+    """
 
     flops_per_token: float
     peak: float
     max_steps: int
+    clock: Callable[[], float] = time.perf_counter
+    recent_seconds: deque[float] = field(default_factory=deque)  # of each step of the last minute, the newest last
+    _recent_tokens: deque[int] = field(default_factory=deque)
+    _recent_sums: tuple[float, int] = (0.0, 0)
     _seconds: float = 0.0
     _tokens: int = 0
-    _steps: int = 0
-    _total_seconds: float = 0.0
-    _total_steps: int = 0
-    _started: float = field(default_factory=time.perf_counter)
+    _started: float = 0.0
     _last_line: float = -math.inf
 
     def start_step(self) -> None:
-        self._started = time.perf_counter()
+        self._started = self.clock()
 
     def end_step(self, tokens: int) -> float:
-        seconds = time.perf_counter() - self._started
+        seconds = self.clock() - self._started
         self._seconds += seconds
-        self._total_seconds += seconds
         self._tokens += tokens
-        self._steps += 1
-        self._total_steps += 1
+        self._remember(seconds, tokens)
         return seconds
 
+    def _remember(self, seconds: float, tokens: int) -> None:
+        """As the newest step of the last minute; what is older goes."""
+        self.recent_seconds.append(seconds)
+        self._recent_tokens.append(tokens)
+        total, count = self._recent_sums[0] + seconds, self._recent_sums[1] + tokens
+        while total - self.recent_seconds[0] >= RECENT:
+            total -= self.recent_seconds.popleft()
+            count -= self._recent_tokens.popleft()
+        self._recent_sums = total, count
+
     def read(self) -> dict[str, float]:
-        rate = self._tokens / max(self._seconds, 1e-9)
-        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+        seconds, tokens = self._seconds, self._tokens
+        self._seconds, self._tokens = 0.0, 0
+        return self._speed(tokens, seconds)
+
+    def recent(self) -> dict[str, float]:
+        """The same of the last minute."""
+        seconds, tokens = self._recent_sums
+        return self._speed(tokens, seconds)
+
+    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
+        rate = tokens / max(seconds, 1e-9)
         return {"tokens_per_s": round(rate, 1), "mfu": round(rate * self.flops_per_token / self.peak, 4)}
 
     def line_is_due(self, step: int) -> bool:
         """The first step, the last, and one every SECONDS_BETWEEN_LINES: as much as a person reads."""
-        now = time.perf_counter()
+        now = self.clock()
         if step < self.max_steps and now - self._last_line < SECONDS_BETWEEN_LINES:
             return False
         self._last_line = now
         return True
 
     def seconds_left(self, step: int) -> float:
-        """Steps left at the mean speed of this start."""
-        return (self.max_steps - step) * self._total_seconds / max(1, self._total_steps)
+        """Steps left at the mean speed of the last minute."""
+        return (self.max_steps - step) * self._recent_sums[0] / max(1, len(self.recent_seconds))
 
 
 def format_seconds(seconds: float) -> str:
@@ -108,8 +133,9 @@ def format_seconds(seconds: float) -> str:
 def progress_line(record: dict[str, float], state: TrainState, meter: Meter) -> str:
     """One line that lines up under the last one, in a terminal and in a log file."""
     width = len(str(meter.max_steps))
+    speed = meter.recent()
     return (
         f"step {state.step:{width}d}/{meter.max_steps}  loss {record['loss']:7.4f}  lr {record['lr']:.2e}  "
-        f"grad {record['grad_norm']:6.2f}  {record['tokens_per_s']:>9,.0f} tok/s  mfu {record['mfu']:4.0%}  "
+        f"grad {record['grad_norm']:6.2f}  {speed['tokens_per_s']:>9,.0f} tok/s  mfu {speed['mfu']:4.0%}  "
         f"left {format_seconds(meter.seconds_left(state.step))}"
     )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from minillm.utils.errors import UserError
+from minillm.utils.threads import num_cores, threads_of_user
 
 T = TypeVar("T")
 
@@ -35,6 +36,11 @@ def local_world_size() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 1
+
+
+def threads_of_rank() -> int:
+    """The most threads a rank computes with on a CPU: the user's word, else an even share of the machine's cores."""
+    return threads_of_user() or max(1, num_cores() // local_world_size())
 
 
 def default_device() -> torch.device:
