@@ -22,7 +22,7 @@ from minillm.config import RunConfig  # noqa: E402
 from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
-from minillm.utils.commands import started_as  # noqa: E402
+from minillm.utils import commands  # noqa: E402
 from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 from minillm.utils.places import configs_dir  # noqa: E402
@@ -33,7 +33,7 @@ BUILTIN_SHARDS = {"pretrain": ("train", "validation"), "sft": ("instructions-tra
 
 def parse_arguments(description: str, default_config: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=started_as,
+        prog=commands.started_as,
         description=description,
         epilog="Overrides: section.key=value, for example train.max_steps=100 optim.learning_rate=3e-4 run_name=try1",
     )

@@ -26,7 +26,7 @@ from minillm.config import RunConfig
 from minillm.training.devices import DEVICES
 from minillm.training.planning import MFU, Setup, speed
 from minillm.training.resolve import model_fields, resolve_run
-from minillm.utils.commands import started_as
+from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.places import configs_dir, launch_dir
 
@@ -70,7 +70,7 @@ class Job:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=started_as, description="Submit a run to Slurm, with a time limit from the plan."
+        prog=commands.started_as, description="Submit a run to Slurm, with a time limit from the plan."
     )
     parser.add_argument("config", metavar="CONFIG", help="a name in launch/configs, or a path")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -90,12 +90,12 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     Raises:
         UserError: there is no such command.
     """
-    count = 2 if words[0] == "data" else 1
-    name = " ".join(words[:count])
+    prefix, words = ("data ", words[1:]) if words[0] == "data" else ("", words)
+    name = prefix + words[0]
     if name not in COMMANDS:
-        known = [other for other in COMMANDS if count == 1 or other.startswith("data ")]
-        raise UserError(f"minillm {name}: there is no such command{nearest(name, known)} (`minillm` lists them)")
-    return name, words[count:]
+        near = nearest(words[0], [other.removeprefix(prefix) for other in COMMANDS if other.startswith(prefix)])
+        raise UserError(f"minillm {name}: there is no such command{near} (`minillm {prefix}--help` lists them)")
+    return name, words[1:]
 
 
 def split_launcher(words: Iterable[str]) -> tuple[list[str], list[str]]:
