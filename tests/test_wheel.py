@@ -122,7 +122,8 @@ def test_a_checkout_works_without_pip_install(sources, tmp_path):
     python = new_environment(tmp_path / "env") / "python"
     for started in (["-m", "minillm", "pretrain"], ["launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]):
         assert "ZeRO-2, bf16" in sh(python, *started, "--dry-run", cwd=sources)
-    assert sh(python, "-m", "minillm", "--version", cwd=sources).splitlines()[0].endswith(f" from {sources / 'minillm'}")
+    version = sh(python, "-m", "minillm", "--version", cwd=sources)
+    assert version.splitlines()[0].endswith(f" from {sources / 'minillm'}")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     script = sources / "launch" / "sft.py"
