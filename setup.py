@@ -1,4 +1,9 @@
-"""Installation of minillm: `pip install -e .` (extras: workshop, tests, tensorboard, tiktoken)."""
+"""Installation of minillm: `pip install -e .` (extras: workshop, tests, tensorboard, tiktoken).
+
+The distribution is named minillm-stack, since another project owns `minillm` on the public index; what is imported is
+minillm. A wheel carries launch/ and ds_configs/ inside the package, where minillm/utils/places.py finds them; an
+editable installation reads those of the checkout.
+"""
 
 import re
 from pathlib import Path
@@ -24,17 +29,25 @@ WORKSHOP = [  # what data_tools needs beyond training: readers, cleaning, topics
     "zstandard>=0.22",
 ]
 
+CARRIED = {"minillm.launch": "launch", "minillm.ds_configs": "ds_configs"}  # in a wheel: in the checkout
+
 here = Path(__file__).parent
 version = re.search(r'__version__ = "([^"]+)"', (here / "minillm" / "__init__.py").read_text()).group(1)
 
 setup(
-    name="minillm",
+    name="minillm-stack",
     version=version,
     description="Train small language models with DeepSpeed, from raw text to a chat",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["minillm", "minillm.*", "data_tools", "data_tools.*"]),
-    package_data={"data_tools": ["*.yaml", "*/*.yaml", "*/*.html"]},
+    packages=[*find_packages(include=["minillm", "minillm.*", "data_tools", "data_tools.*"]), *CARRIED],
+    package_dir=CARRIED,
+    package_data={
+        "data_tools": ["*.yaml", "*/*.yaml", "*/*.html"],
+        "minillm.launch": ["*.txt", "supervise.sh", "configs/*.yaml", "slurm/*"],
+        "minillm.ds_configs": ["*.json"],
+    },
+    entry_points={"console_scripts": ["minillm = minillm.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.14",
@@ -57,6 +70,7 @@ setup(
         "workshop": WORKSHOP,
         "tests": [
             *WORKSHOP,
+            *["build>=1.2", "wheel>=0.43"],
             *["accelerate>=1.1", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.6"],
             "tiktoken>=0.8",
         ],

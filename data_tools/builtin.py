@@ -20,6 +20,7 @@ from pathlib import Path
 from data_tools.corpus import PYTHON_DOCS_FILES, build_python_docs
 from data_tools.shards import build_shards
 from data_tools.tokenizer import build_tokenizer
+from minillm.utils.commands import command_name
 from minillm.utils.errors import exit_on_user_error
 from minillm.utils.files import file_lock, publish_directory
 from minillm.utils.logging import say
@@ -60,7 +61,7 @@ def _build_corpus(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.builtin", description="Prepare the built-in data.")
+    parser = argparse.ArgumentParser(prog=command_name("data_tools.builtin"), description="Prepare the built-in data.")
     parser.add_argument("--out", type=Path, default=Path("data/python-docs"), help="default: data/python-docs")
     arguments = parser.parse_args()
     with exit_on_user_error():

@@ -25,6 +25,7 @@ from data_tools.cleaning.repair import ENTITIES, FORMS, SPACES
 from data_tools.cleaning.rules import load_config
 from data_tools.records import TEXT, Record, Rejected, TextField, iterate_records
 from data_tools.workshop import Stage, add_text_options, add_work_options, positive, run_stage, text_field
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.logging import say
 
@@ -171,7 +172,7 @@ def explained(paths: list[str], wanted: str, options: dict[str, object], text: T
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.clean",
+        prog=command_name("data_tools.clean"),
         description="Repair Unicode, find languages, mask personal data, drop bad lines and bad documents.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="files, folders, or hf:OWNER/NAME[:CONFIG][:SPLIT]")

@@ -18,6 +18,7 @@ from pathlib import Path
 from data_tools.parallel import identity, run_units, work_folder
 from data_tools.records import TEXT, UNIT_BYTES, TextField
 from data_tools.workshop import add_stage_options, add_up, found_units, run_stage_on_units, text_field
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import read_json, write_atomic, write_json
 from minillm.utils.logging import say, warn
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.contamination", description="Find evaluation items in a training corpus."
+        prog=command_name("data_tools.contamination"), description="Find evaluation items in a training corpus."
     )
     add_stage_options(parser)
     add = parser.add_argument

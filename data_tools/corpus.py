@@ -37,6 +37,7 @@ from data_tools.readers import Document, document_texts, iterate_documents
 from data_tools.records import HUB, TEXT, TextField, corpus_files, known_suffixes
 from data_tools.synthetic import DOCUMENT_CHARACTERS, TASKS, Example, example_at
 from data_tools.workshop import add_text_options, text_field
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import read_json, sync_file, write_json
 from minillm.utils.logging import say, warn
@@ -340,7 +341,9 @@ def _unit_hash(texts: Iterable[str]) -> float:
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.corpus", description="Build a corpus of JSON lines.")
+    parser = argparse.ArgumentParser(
+        prog=command_name("data_tools.corpus"), description="Build a corpus of JSON lines."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     docs = commands.add_parser("python-docs", help="this machine's Python documentation, with an instruction set")
     docs.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the four .jsonl files")

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from data_tools.crawling.urls import build_scope, canonical
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import file_lock, write_json
 from minillm.utils.logging import say
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m data_tools.crawl`."""
     from data_tools.workshop import byte_size, positive
 
-    parser = argparse.ArgumentParser(prog="python -m data_tools.crawl", description="Crawl web pages politely.")
+    parser = argparse.ArgumentParser(prog=command_name("data_tools.crawl"), description="Crawl web pages politely.")
     parser.add_argument("starts", nargs="+", metavar="START_URL", help="where to begin; their hosts are crawled")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the parts and summary.json")
     parser.add_argument(

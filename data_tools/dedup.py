@@ -22,6 +22,7 @@ from pathlib import Path
 from data_tools.parallel import identity, work_folder
 from data_tools.records import TEXT, UNIT_BYTES, TextField
 from data_tools.workshop import add_stage_options, found_units, positive, run_stage_on_units, text_field
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.logging import say
 
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.dedup", description="Remove exact and near duplicates from a corpus."
+        prog=command_name("data_tools.dedup"), description="Remove exact and near duplicates from a corpus."
     )
     add_stage_options(parser)
     add = parser.add_argument

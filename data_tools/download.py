@@ -28,6 +28,7 @@ from data_tools.downloading.hubs import endpoint_of, list_files, web_for
 from data_tools.downloading.job import RECORD, Job, limited, local_path, without_parts_of
 from data_tools.downloading.progress import size_text
 from data_tools.downloading.web import Stopped
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import read_json
 from minillm.utils.logging import say, warn
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from data_tools.workshop import byte_size, positive
 
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.download", description="Load corpora, resumed and checked, and convert them."
+        prog=command_name("data_tools.download"), description="Load corpora, resumed and checked, and convert them."
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="your own (YAML)")

@@ -26,6 +26,7 @@ from data_tools.workshop import (
     merge_results,
     text_field,
 )
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import write_json
 from minillm.utils.logging import say
@@ -105,7 +106,7 @@ def _tell(summary: dict, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description="Look at a corpus.")
+    parser = argparse.ArgumentParser(prog=command_name("data_tools.inspect"), description="Look at a corpus.")
     add_input_options(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for index.html, summary.json")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer folder: counts tokens")

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from data_tools.workshop import positive
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 
 
@@ -23,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.item2vec", description="Similar items from sequences.")
+    parser = argparse.ArgumentParser(
+        prog=command_name("data_tools.item2vec"), description="Similar items from sequences."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="sequences -> vectors of their items")

@@ -22,6 +22,7 @@ from data_tools.workshop import (
     positive,
     text_field,
 )
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.lda",
+        prog=command_name("data_tools.lda"),
         description="Fit a topic model and write its report.",
         epilog="To label records with a fitted model: python -m data_tools.lda apply --help",
     )
@@ -275,7 +276,7 @@ def _fit(options: argparse.Namespace) -> None:
 
 def _apply_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.lda apply", description="Label records with the topics of a fitted model."
+        prog=f"{command_name('data_tools.lda')} apply", description="Label records with the topics of a fitted model."
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="the --out of python -m data_tools.lda")
     add_stage_options(parser)

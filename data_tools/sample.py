@@ -26,6 +26,7 @@ import numpy as np
 from data_tools.parallel import identity, run_units, work_folder
 from data_tools.records import Record, Rejected, TextField, Unit, read_unit
 from data_tools.workshop import Stage, add_stage_options, found_units, positive, run_stage_on_units, text_field
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import sync_file
 
@@ -213,7 +214,7 @@ def _share(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m data_tools.sample", description="Draw a share of a corpus.")
+    parser = argparse.ArgumentParser(prog=command_name("data_tools.sample"), description="Draw a share of a corpus.")
     add_stage_options(parser)
     parser.add_argument("--share", type=_share, metavar="P", help="such as 5%% or 0.05")
     parser.add_argument("--records", type=positive, metavar="N", help="exactly so many")

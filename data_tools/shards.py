@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory, write_json
 from minillm.utils.logging import say
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools.shards", description="Write and check shards.")
+    parser = argparse.ArgumentParser(prog=command_name("data_tools.shards"), description="Write and check shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="corpus files -> text shards")

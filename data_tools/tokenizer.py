@@ -37,6 +37,7 @@ from minillm.data.tokenizer import (
     train_bpe_tokenizer,
     vocabulary_size,
 )
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory
 from minillm.utils.logging import say, warn
@@ -200,7 +201,7 @@ def _bytes_of_token(tokenizer: PreTrainedTokenizerFast, index: int) -> bytes:
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.tokenizer", description="Train, import and inspect tokenizers."
+        prog=command_name("data_tools.tokenizer"), description="Train, import and inspect tokenizers."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a tokenizer on a corpus")

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # works from a clone without `pip install`
+# Works from a clone without `pip install`; where a wheel was installed, ROOT is the package itself, found without this.
+if (ROOT / "minillm").is_dir() and str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import minillm.training.signals  # noqa: E402, F401 (first: it looks who started this process)
@@ -21,8 +22,10 @@ from minillm.config import RunConfig  # noqa: E402
 from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
+from minillm.utils import commands  # noqa: E402
 from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
+from minillm.utils.places import configs_dir  # noqa: E402
 from minillm.utils.threads import set_wait_policy  # noqa: E402
 
 set_wait_policy()
@@ -33,10 +36,14 @@ BUILTIN_SHARDS = {"pretrain": ("train", "validation"), "sft": ("instructions-tra
 
 def parse_arguments(description: str, default_config: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=commands.started_as,
         description=description,
         epilog="Overrides: section.key=value, for example train.max_steps=100 optim.learning_rate=3e-4 run_name=try1",
     )
-    parser.add_argument("--deepspeed", "--deepspeed_config", required=True, metavar="JSON", help="ds_configs/*.json")
+    parser.add_argument(
+        "--deepspeed", "--deepspeed_config", default="zero2", metavar="JSON",
+        help="a path, or a name in ds_configs (default zero2)",
+    )  # fmt: skip
     parser.add_argument(
         "--config", default=default_config, metavar="NAME|PATH", help=f"in launch/configs (default {default_config})"
     )
@@ -77,7 +84,7 @@ def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]
         arguments.deepspeed,
         stage=stage,
         world_size=ranks(arguments),
-        configs_dir=ROOT / "launch" / "configs",
+        configs_dir=configs_dir(),
     )
     if run.data.train is None:
         train, validation = BUILTIN_SHARDS[stage]

@@ -17,6 +17,11 @@ wanted="$(cksum <setup.py) $(pwd) $extras"
 stamp="$(python -c 'import sys; print(sys.prefix)')/.minillm-installed${extras:+-$extras}"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing minillm into $(python -c 'import sys; print(sys.prefix)') (a few minutes the first time)"
+    if python -I -c 'import importlib.metadata as m; m.version("minillm")' 2>/dev/null; then
+        # The name of this one before, and another project's on the index; either would stand beside minillm-stack.
+        echo "== removing the distribution minillm from it: this one is named minillm-stack now"
+        python -I -m pip uninstall --quiet --yes minillm
+    fi
     python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
 fi

@@ -19,11 +19,14 @@ import entry
 from minillm.accounting import num_parameters
 from minillm.config import RunConfig
 from minillm.training.resolve import model_fields
+from minillm.utils import commands
 from minillm.utils.errors import exit_on_user_error
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Check everything that can be known before a run starts.")
+    parser = argparse.ArgumentParser(
+        prog=commands.started_as, description="Check everything that can be known before a run starts."
+    )
     parser.add_argument("--deepspeed", "--deepspeed_config", metavar="JSON", help="the run's ds_configs/*.json")
     parser.add_argument("--config", metavar="NAME|PATH", help="the run's, in launch/configs; without: the machine only")
     parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="which script will run it")

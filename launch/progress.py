@@ -9,11 +9,12 @@ itself reports it). No torch: supervise.sh asks between two starts.
 import sys
 from pathlib import Path
 
-from entry import ROOT, parse_arguments
+from entry import parse_arguments
 
 from minillm.config import load_run_config
 from minillm.interop.load import newest_checkpoint
 from minillm.utils.errors import exit_on_user_error
+from minillm.utils.places import configs_dir
 
 STAGES = {"pretrain.py": ("pretrain", "demo"), "sft.py": ("sft", "sft-demo")}
 
@@ -25,8 +26,9 @@ def run_of(words: list[str]) -> Path | None:
             stage, default = STAGES[name]
             sys.argv = words[place:]
             arguments = parse_arguments(stage, default)
-            configs = ROOT / "launch" / "configs"
-            run, problems = load_run_config(arguments.config, arguments.overrides, stage=stage, configs_dir=configs)
+            run, problems = load_run_config(
+                arguments.config, arguments.overrides, stage=stage, configs_dir=configs_dir()
+            )
             return None if problems else run.run_dir
     return None
 

@@ -20,17 +20,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from entry import ROOT
+import entry  # noqa: F401 (first: it finds minillm without `pip install`)
 
 from minillm.config import RunConfig
 from minillm.training.devices import DEVICES
 from minillm.training.planning import MFU, Setup, speed
 from minillm.training.resolve import model_fields, resolve_run
+from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error
+from minillm.utils.places import configs_dir, launch_dir
 
 MARGIN = 1.5  # validation, samples, checkpoints, and what the plan does not know: disks, the network between nodes
 STARTUP = 15 * 60  # seconds: environment, data, compiling
-SCRIPTS = ROOT / "launch" / "slurm"
+SCRIPTS = launch_dir() / "slurm"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Job:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Submit a run to Slurm, with a time limit from the plan.")
+    parser = argparse.ArgumentParser(
+        prog=commands.started_as, description="Submit a run to Slurm, with a time limit from the plan."
+    )
     parser.add_argument("config", metavar="CONFIG", help="a name in launch/configs, or a path")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--stage", choices=("pretrain", "sft"), default="pretrain")
@@ -93,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def resolve_all(arguments: argparse.Namespace, json_file: str) -> list[tuple[RunConfig, dict]]:
+def resolve_all(arguments: argparse.Namespace) -> list[tuple[RunConfig, dict]]:
     """Every run that is submitted, checked.
 
     Raises:
@@ -111,8 +115,8 @@ def resolve_all(arguments: argparse.Namespace, json_file: str) -> list[tuple[Run
     for where, words in starts:
         try:
             resolved.append(
-                resolve_run(arguments.config, words, json_file, stage=arguments.stage,
-                            world_size=arguments.nodes * arguments.gpus, configs_dir=ROOT / "launch" / "configs")
+                resolve_run(arguments.config, words, arguments.deepspeed, stage=arguments.stage,
+                            world_size=arguments.nodes * arguments.gpus, configs_dir=configs_dir())
             )  # fmt: skip
         except UserError as error:
             problems.append(f"{where}{error}")
@@ -174,8 +178,7 @@ def build_job(arguments: argparse.Namespace) -> tuple[Job, str]:
     Raises:
         UserError: a problem of the configuration, or no way to tell how long it takes.
     """
-    json_file = arguments.deepspeed if Path(arguments.deepspeed).is_file() else str(ROOT / arguments.deepspeed)
-    runs = resolve_all(arguments, json_file)
+    runs = resolve_all(arguments)
     longest = arguments.max_hours * 3600
     if arguments.hours:
         seconds, how = arguments.hours * 3600, "as given"

@@ -15,6 +15,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.threads import set_wait_policy
 
@@ -39,7 +40,7 @@ _NO_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr
 def build_parser() -> argparse.ArgumentParser:
     """The command line; stdlib only, so that --help is quick."""
     parser = argparse.ArgumentParser(
-        prog="python -m minillm.chat", description="Talk to a trained model.", epilog="In the chat:\n" + COMMANDS,
+        prog=command_name("minillm.chat"), description="Talk to a trained model.", epilog="In the chat:\n" + COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(

@@ -7,7 +7,6 @@ and offload (training/deepspeed_config.py); this file owns batch, schedule, data
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,7 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from minillm.architecture import DEFAULTS, context_problems, problems_of
 from minillm.presets import PRESETS
-from minillm.utils.errors import UserError
+from minillm.utils.errors import UserError, nearest
+from minillm.utils.places import find_named
 
 AUTO_MICRO_BATCH = 8
 # What may differ from the weights a run starts with: the way positions are turned, which has no parameters.
@@ -227,9 +227,8 @@ def raise_problems(problems: list[str], where: str) -> None:
 
 def find_config(config: str, configs_dir: Path) -> Path:
     """A path, or a name in launch/configs."""
-    for candidate in (Path(config), configs_dir / f"{config}.yaml"):
-        if candidate.is_file():
-            return candidate
+    if (path := find_named(config, configs_dir, ".yaml")) is not None:
+        return path
     names = sorted(p.stem for p in configs_dir.glob("*.yaml"))
     raise UserError(f"--config {config}: no such file, and no such name in {configs_dir}{nearest(config, names)}")
 
@@ -299,12 +298,6 @@ def valid_keys(location: tuple) -> list[str]:
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
             section = annotation
     return list(section.model_fields)
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """`; did you mean X?` when a valid name is close, else the list of valid names."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; valid: {', '.join(names)}"
 
 
 def describe_problem(item: dict[str, Any], origin: dict[str, str], path: Path) -> str:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from minillm.accounting import cache_bytes, describe_layers, flops_per_token, num_parameters
 from minillm.architecture import problems_of
-from minillm.config import convert_field, nearest
+from minillm.config import convert_field
 from minillm.presets import PRESETS
 from minillm.training.moe_backends import describe_legal
-from minillm.utils.errors import UserError, exit_on_user_error
+from minillm.utils.commands import command_name
+from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.logging import say
 
 Fields = Mapping[str, object]
@@ -35,7 +36,7 @@ MLP_COLOURS = {"dense": "#bab0ac", "sparse": "#e45756"}
 def build_parser() -> argparse.ArgumentParser:
     """The command line; stdlib only."""
     parser = argparse.ArgumentParser(
-        prog="python -m minillm.describe", description="Show what presets are made of: layers, parts, parameters.",
+        prog=command_name("minillm.describe"), description="Show what presets are made of: layers, parts, parameters.",
         epilog=f"Presets: {', '.join(PRESETS)}. Overrides: FIELD=value, for example num_experts=16.",
     )  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="PRESET | FIELD=value", help="presets (default: all), overrides")

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory, read_json, write_json
 from minillm.utils.logging import say
@@ -32,7 +33,7 @@ FORMATS = ("hf", "minillm")
 def build_parser() -> argparse.ArgumentParser:
     """The command line; stdlib only, so that --help is quick."""
     parser = argparse.ArgumentParser(
-        prog="python -m minillm.export", description="Export a run's newest checkpoint as a model folder."
+        prog=command_name("minillm.export"), description="Export a run's newest checkpoint as a model folder."
     )
     parser.add_argument("run", metavar="RUN", help="run name or folder, a checkpoint of it, or a model folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be empty or not exist")

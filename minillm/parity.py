@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 
+from minillm.utils.commands import command_name
 from minillm.utils.threads import set_wait_policy
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=command_name("minillm.parity"),
         description="Compare one optimizer step of the DeepSpeed engine with plain torch: every gradient, the norm, "
         "every updated weight; toys of every kind of model, ZeRO stage, precision and expert backend."
     )

@@ -16,21 +16,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minillm.accounting import num_parameters
-from minillm.config import RunConfig, load_run_config, nearest, raise_problems, resolve_accumulation
+from minillm.config import RunConfig, load_run_config, raise_problems, resolve_accumulation
 from minillm.training.deepspeed_config import precision, zero_stage
 from minillm.training.devices import DEVICES
 from minillm.training.planned_rows import GIB, Order, Row, best_row, plan_json, reasons
 from minillm.training.planning import MFU, Fields, assumptions, cost, days, memory
 from minillm.training.resolve import model_fields
-from minillm.utils.errors import UserError, exit_on_user_error
-
-ROOT = Path(__file__).resolve().parents[1]
+from minillm.utils.commands import command_name
+from minillm.utils.errors import UserError, exit_on_user_error, nearest
+from minillm.utils.places import configs_dir, deepspeed_dir
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; numbers are checked by `read_numbers`, so that all that is wrong is said at once."""
     parser = argparse.ArgumentParser(
-        prog="python -m minillm.plan", description="Predict memory, speed, traffic and cost of a run; no GPU needed.",
+        prog=command_name("minillm.plan"),
+        description="Predict memory, speed, traffic and cost of a run; no GPU needed.",
         epilog="Overrides: section.key=value, for example train.gradient_checkpointing=true data.seq_len=1024",
     )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="NAME|PATH", help="in launch/configs")
@@ -209,9 +210,7 @@ def plan(args: argparse.Namespace) -> str:
         UserError: bad numbers or configurations, or a GPU too small for every one of them.
     """
     order = read_numbers(args)
-    run, problems = load_run_config(
-        args.config, args.overrides, stage="pretrain", configs_dir=ROOT / "launch" / "configs"
-    )
+    run, problems = load_run_config(args.config, args.overrides, stage="pretrain", configs_dir=configs_dir())
     if not problems:
         try:
             resolve_accumulation(run, order.gpus)
@@ -221,7 +220,7 @@ def plan(args: argparse.Namespace) -> str:
     fields, name = model_fields(run)
     if fields is None:  # the weights are not there yet: the shape the config names
         fields, name = model_fields(run.model_copy(update={"model": run.model.model_copy(update={"init_from": None})}))
-    paths = [Path(args.deepspeed)] if args.deepspeed else sorted((ROOT / "ds_configs").glob("*.json"))
+    paths = [Path(args.deepspeed)] if args.deepspeed else sorted(deepspeed_dir().glob("*.json"))
     rows, refused = [], []
     for path in paths:
         found, not_found = plan_json(path, run, fields, order)

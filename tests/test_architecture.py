@@ -34,6 +34,7 @@ FLOORS = {  # what each part may import of the project, besides itself
     "launch": {"config", "presets", "architecture", "accounting", "training", "preflight", "interop", "compat", "utils",
                "data_tools"},
     "": {"interop"},  # minillm/__init__.py: minillm.load
+    "__main__": {"utils", ""},  # starts the entries by their names: a table, no imports
     **{
         name: {"config", "presets", "architecture", "accounting", "training", "inference", "interop", "models", "data",
                "compat", "utils", ""}
@@ -168,6 +169,6 @@ def test_nothing_is_unpickled():
 
 def test_the_top_level_is_as_given():
     visible = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
-    built = {"data", "runs", "build", "minillm.egg-info", "__pycache__"}
+    built = {"data", "runs", "build", "dist", "minillm.egg-info", "minillm_stack.egg-info", "__pycache__"}
     expected = {"launch", "ds_configs", "minillm", "data_tools", "tests", "setup.py", "README.md", "README.zh.md"}
     assert visible - built == expected

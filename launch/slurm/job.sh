@@ -15,8 +15,6 @@ elif [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f "$ROOT/.venv/bin/activat
     . "$ROOT/.venv/bin/activate"
 fi
 command -v python >/dev/null || fail "there is no python on PATH: submit from an active environment, or set VENV=/path"
-[ -f "$DEEPSPEED" ] || DEEPSPEED=$ROOT/$DEEPSPEED
-[ -f "$DEEPSPEED" ] || fail "DEEPSPEED=$DEEPSPEED: no such file; shipped ones are in $ROOT/ds_configs"
 [[ $GPUS =~ ^[1-9][0-9]*$ ]] || fail "GPUS=$GPUS: must be the number of GPUs (ranks) on a node"
 
 NODES=${SLURM_JOB_NUM_NODES:-1}

@@ -232,8 +232,8 @@ def newest_run_checkpoint(root: Path, stage: str | None = None) -> Path:
             return checkpoint
         warn(f"skipping the run {run_folder}: it has no whole checkpoint")
     raise UserError(
-        f"there is no {stage or 'trained'} run under {root}{os.sep} yet: train one with `bash launch/quickstart.sh`, "
-        "or name a run or model folder"
+        f"there is no {stage or 'trained'} run under {root}{os.sep} yet: train one (`python -m minillm pretrain`, in a "
+        "checkout `bash launch/quickstart.sh`), or name a run or model folder"
     )
 
 

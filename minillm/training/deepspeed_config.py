@@ -12,8 +12,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minillm.config import RunConfig, nearest, resolve_accumulation
-from minillm.utils.errors import UserError
+from minillm.config import RunConfig, resolve_accumulation
+from minillm.utils.errors import UserError, nearest
+from minillm.utils.places import deepspeed_dir, find_named
 
 TOP_LEVEL_KEYS = [
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -71,15 +72,17 @@ PRECISION_KEYS = {
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """Read the file given to --deepspeed.
+    """Read what is given to --deepspeed: a path, or a name in ds_configs.
 
     Raises:
         UserError: missing, not JSON, a key given twice, or not an object.
     """
-    path = Path(path)
-    if not path.is_file():
-        shipped = sorted(str(p) for p in (Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-        raise UserError(f"--deepspeed {path}: no such file; shipped configurations: {', '.join(shipped)}")
+    given, path = path, find_named(path, deepspeed_dir(), ".json")
+    if path is None:
+        shipped = sorted(p.name for p in deepspeed_dir().glob("*.json"))
+        raise UserError(
+            f"--deepspeed {given}: no such file; shipped configurations: {', '.join(shipped)} in {deepspeed_dir()}"
+        )
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]

@@ -18,6 +18,7 @@ from minillm.config import ModelSection, RunConfig, dump_run_config
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.files import file_lock, write_atomic, write_json
+from minillm.utils.places import home
 
 FIXED_KEYS = (
     "seed", "stage", "model.preset", "model.init_from", "data.train", "data.validation", "data.tokenizer",
@@ -113,8 +114,10 @@ def describe_environment() -> dict[str, object]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    commit = None
+    if (home() / ".git").exists():  # an installed wheel may stand within somebody else's repository
+        command = ["git", "-C", str(home()), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "python": platform.python_version(),
         "packages": versions,

@@ -15,6 +15,14 @@ class UserError(Exception):
     """A problem in input, configuration or environment that the user can fix."""
 
 
+def nearest(name: str, names: list[str]) -> str:
+    """`; did you mean X?` when a valid name is close, else the list of valid names."""
+    import difflib  # here: an error is rare, and this is imported at every start
+
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else f"; valid: {', '.join(names)}"
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a UserError into one message on stderr and exit code 2 (used around every entry point).
