@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # works from a clone without `pip install`
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # works from a clone without `pip install`, and before another clone on PYTHONPATH
 
 import minillm.training.signals  # noqa: E402, F401 (first: it looks who started this process)
 from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
+from minillm.compat.versions import TRAINING, check_environment  # noqa: E402
 from minillm.config import RunConfig  # noqa: E402
 from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
@@ -51,6 +51,7 @@ def main(stage: str, description: str, default_config: str) -> int:
     """Run one launch script; returns its exit code."""
     arguments = parse_arguments(description, default_config)
     with exit_on_user_error():
+        check_environment(TRAINING)
         run, deepspeed_config = resolve(arguments, stage)
         if arguments.dry_run:
             print_plan(run, deepspeed_config, ranks(arguments))

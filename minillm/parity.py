@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 
+from minillm.compat.versions import TRAINING, check_environment
+from minillm.utils.errors import exit_on_user_error
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -28,6 +31,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    with exit_on_user_error():
+        check_environment(TRAINING)
     import torch
 
     ranks = arguments.ranks or torch.cuda.device_count() or 2
