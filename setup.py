@@ -61,6 +61,6 @@ setup(
             *["pytest>=8,<10", "ruff>=0.6,<1", "tiktoken>=0.8,<1"],
         ],
         "tiktoken": ["tiktoken>=0.8,<1"],
-        "tensorboard": ["tensorboard>=2.16,<3"],
+        "tensorboard": ["tensorboard>=2.17,<3"],
     },
 )

@@ -15,13 +15,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a clone without `pip install`, and before another clone on PYTHONPATH
 
 import minillm.training.signals  # noqa: E402, F401 (first: it looks who started this process)
+from minillm.compat.versions import TRAINING, check_environment, require_installed  # noqa: E402
+from minillm.utils.errors import exit_on_user_error  # noqa: E402
+
+with exit_on_user_error():
+    require_installed(TRAINING)  # before the imports below would say it in twenty lines
+
 from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
-from minillm.compat.versions import TRAINING, check_environment  # noqa: E402
 from minillm.config import RunConfig  # noqa: E402
 from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
-from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 
 BUILTIN_ROOT = Path("data/python-docs")

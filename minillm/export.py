@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillm.compat.versions import check_environment
+from minillm.compat.versions import INFERENCE, check_environment
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory, read_json, write_json
 from minillm.utils.logging import say
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     with exit_on_user_error():
-        check_environment(("torch", "transformers"))
+        check_environment(INFERENCE)
         # Imported late, so that --help and a wrong OUT answer at once.
         from transformers.utils import logging as transformers_logging
 

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from minillm.utils.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]  # minillm/
 MOVING = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "webdataset", "pydantic", "numpy")
-TRAINING = ("torch", "deepspeed", "transformers", "webdataset", "pydantic", "numpy")  # what no run does without
+INFERENCE = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyyaml")  # what chat and export need
+TRAINING = (*INFERENCE, "deepspeed", "webdataset", "pydantic")
 
 AS_TESTED, ADMITTED, TOO_OLD, TOO_NEW, MISSING, OPTIONAL = (
     "as tested", "admitted", "too old", "too new", "missing", "not installed",
@@ -243,12 +245,34 @@ def wrong_versions(ranges: dict[str, tuple[str, str]], needed: tuple[str, ...]) 
     bad = []
     for name in (*MOVING, *needed):
         version, (admitted, _) = installed_version(name), ranges.get(name, ("", ""))
-        if version is None and name in needed:
+        if version is None and name in needed and not is_installed(name):
             bad.append((name, "is not installed", admitted))
         elif version is not None and (outside := judge(version, admitted)):
             bad.append((name, f"{version} is {outside}", admitted))
     if not bad:
         return None
+    return sentence(bad)
+
+
+def require_installed(needed: tuple[str, ...]) -> None:
+    """Where the wrong Python was called, say so before the first import fails.
+
+    Raises:
+        UserError: one line that names what is missing.
+    """
+    missing = [name for name in needed if not is_installed(name)]
+    if missing:
+        ranges = admitted_ranges(own_distribution(distributions()))
+        raise UserError(sentence([(name, "is not installed", ranges.get(name, ("", ""))[0]) for name in missing]))
+
+
+def is_installed(name: str) -> bool:
+    """By its metadata, or, where a build left none, by looking for the module."""
+    return installed_version(name) is not None or bool(find_spec({"pyyaml": "yaml"}.get(name, name)))
+
+
+def sentence(bad: list[tuple[str, str, str]]) -> str:
+    """(package, what is wrong, admitted range) of each, in one line that ends in the command which mends it."""
     tested = tested_versions()
     parts = []
     for name, what, admitted in dict.fromkeys(bad):
