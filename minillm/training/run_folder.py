@@ -113,8 +113,10 @@ def describe_environment() -> dict[str, object]:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    commit = None
+    with contextlib.suppress(FileNotFoundError):  # a container without git, a checkout that came as an archive
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "python": platform.python_version(),
         "packages": versions,
