@@ -12,18 +12,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Works from a clone without `pip install`; where a wheel was installed, ROOT is the package itself, found without this.
-if (ROOT / "minillm").is_dir() and str(ROOT) not in sys.path:
+# Works from a clone without `pip install`, and before another clone on PYTHONPATH; where a wheel was installed, ROOT is
+# the package itself, which is found without this.
+if (ROOT / "minillm").is_dir():
     sys.path.insert(0, str(ROOT))
 
 import minillm.training.signals  # noqa: E402, F401 (first: it looks who started this process)
+from minillm.compat.versions import TRAINING, check_environment, require_installed  # noqa: E402
+from minillm.utils.errors import exit_on_user_error  # noqa: E402
+
+with exit_on_user_error():
+    require_installed(TRAINING)  # before the imports below would say it in twenty lines
+
 from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
 from minillm.config import RunConfig  # noqa: E402
 from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
 from minillm.utils import commands  # noqa: E402
-from minillm.utils.errors import exit_on_user_error  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 from minillm.utils.places import configs_dir  # noqa: E402
 from minillm.utils.threads import set_wait_policy  # noqa: E402
@@ -61,6 +67,7 @@ def main(stage: str, description: str, default_config: str) -> int:
     """Run one launch script; returns its exit code."""
     arguments = parse_arguments(description, default_config)
     with exit_on_user_error():
+        check_environment(TRAINING)
         run, deepspeed_config = resolve(arguments, stage)
         if arguments.dry_run:
             print_plan(run, deepspeed_config, ranks(arguments))

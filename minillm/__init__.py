@@ -9,7 +9,16 @@ Contract: importing this package imports nothing else. `minillm.load` is the thr
 
 from __future__ import annotations
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.version_info < (3, 10):  # noqa: UP036 (what a checkout is started with is not what pip would allow)
+    _message = f"minillm needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]}"
+    if sys.argv[:1] == ["-m"] or "entry" in sys.modules:  # python -m minillm.X, launch/*.py: one line
+        sys.stderr.write(f"error: {_message}\n")
+        sys.exit(2)
+    raise ImportError(_message)
 
 
 def load(path=None, device="auto", dtype="auto"):

@@ -15,6 +15,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from minillm.compat.versions import INFERENCE, check_environment
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.threads import set_wait_policy
@@ -220,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     with exit_on_user_error():
+        check_environment(INFERENCE)
         try:
             session = open_session(args)
             if args.prompt is None:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minillm.compat.versions import INFERENCE, check_environment
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory, read_json, write_json
@@ -162,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     set_wait_policy()
     args = build_parser().parse_args(argv)
     with exit_on_user_error():
+        check_environment(INFERENCE)
         # Imported late, so that --help and a wrong OUT answer at once.
         from transformers.utils import logging as transformers_logging
 

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 
+from minillm.compat.versions import TRAINING, check_environment
 from minillm.utils.commands import command_name
+from minillm.utils.errors import exit_on_user_error
 from minillm.utils.threads import set_wait_policy
 
 
@@ -33,6 +35,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     set_wait_policy()
+    with exit_on_user_error():
+        check_environment(TRAINING)
     import torch
 
     ranks = arguments.ranks or torch.cuda.device_count() or 2

@@ -227,6 +227,13 @@ VERSIONS = {"host": "one", "python": "3.11.7", "torch": "2.13.0", "deepspeed": "
             "NCCL": "2.28.9", "minillm commit": "abc", "minillm source": "def"}  # fmt: skip
 
 
+def test_a_version_that_is_not_admitted_fails_with_the_command_that_mends_it():
+    problem = "transformers 6.1.0 is too new (admitted >=5.17,<6, tested 5.24.0). Mend it: python -m pip install -e ."
+    row = compare_versions({0: VERSIONS, 1: {**VERSIONS, "problem": problem}})
+    assert row.verdict == "fail" and row.fix == "Mend it: python -m pip install -e ."
+    assert "transformers 6.1.0 is too new (admitted >=5.17,<6, tested 5.24.0)" in row.found
+
+
 def test_versions_that_differ_are_named_with_rank_and_host():
     assert compare_versions({0: VERSIONS, 1: {**VERSIONS, "host": "two"}}).verdict == "ok"
     other = {**VERSIONS, "host": "two", "torch": "2.12.0", "NCCL": "2.27.0"}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.compat.versions import TRAINING, environment_problem
 from minillm.preflight.child import Report
 from minillm.preflight.disk import disk_row, space
 from minillm.preflight.rows import FAIL, OK, WARN, Row
@@ -267,6 +268,7 @@ def versions() -> dict[str, str]:
         "NCCL": nccl or "none",
         "minillm commit": (environment["commit"] or "none")[:12],
         "minillm source": source_digest(),
+        "problem": environment_problem(TRAINING) or "",
     }
 
 

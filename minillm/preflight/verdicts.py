@@ -45,6 +45,10 @@ def compare_versions(answers: dict[int, dict[str, str]]) -> Row:
     if differing:
         fix = "give every node the same environment and the same checkout (one shared folder, or the same container)"
         return Row("versions", FAIL, "\n".join(differing), fix, {"rank 0": first})
+    problems = {rank: answer["problem"] for rank, answer in answers.items() if answer.get("problem")}
+    if problems:  # the same installation on every rank: the first one's will do
+        found, _, fix = problems[min(problems)].partition(". ")
+        return Row("versions", FAIL, f"{common}\n{found}", fix, {"rank 0": first})
     count = "" if len(answers) == 1 else f"; the same on {len(answers)} ranks"
     return Row("versions", OK, common + count, values={"rank 0": first})
 

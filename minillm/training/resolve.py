@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def resolve_run(
 
 
 def check_places(run: RunConfig, reads: bool = True) -> None:
-    """Whether what a run reads is there, and what it writes can be, before seconds go into imports.
+    """Whether what a run reads and calls is there, and what it writes can be, before seconds go into imports.
 
     Args:
         reads: False where its data is made at the start.
@@ -54,7 +56,18 @@ def check_places(run: RunConfig, reads: bool = True) -> None:
         problems.append(f"run_root = {run.run_root!r}: {parent} is no folder; name another")
     elif not os.access(parent, os.W_OK):
         problems.append(f"run_root = {run.run_root!r}: {parent} cannot be written; make it writable, or name another")
+    if run.train.compile and not _has_compiler():
+        fix = "install g++ (Debian, Ubuntu: apt install g++), set CXX=/path/to/one, or leave train.compile at false"
+        problems.append(f"train.compile = true: torch.compile needs a C++ compiler, and there is none on PATH; {fix}")
     raise_problems(problems, f"of {run.run_name}")
+
+
+def _has_compiler() -> bool:
+    """What torch.compile calls: a C++ compiler, and beside a GPU Triton is content with one for C."""
+    names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if Path("/proc/driver/nvidia").exists():
+        names += [os.environ.get("CC") or "gcc", "clang"]
+    return any(shutil.which(name) for name in names)
 
 
 def _wrong_inputs(run: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,7 +116,8 @@ def describe_environment() -> dict[str, object]:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     commit = None
-    if (home() / ".git").exists():  # an installed wheel may stand within somebody else's repository
+    # An installed wheel may stand within somebody else's repository; a container may have no git.
+    if (home() / ".git").exists() and shutil.which("git"):
         command = ["git", "-C", str(home()), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
