@@ -58,6 +58,10 @@ Without a network: fetch the packages on a machine that has one, with the same k
     python -m pip download -d wheels ${_how[*]} 'setuptools>=70' wheel '.${_extras:+[$_extras]}'
 copy the folder wheels here, and run this again with PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels in front; or activate an
 environment that has what is needed (python -m minillm.versions shows what is missing in it)."
+    if [[ $_prefix == *" "* && -e "$_prefix/bin/deepspeed" ]]; then
+        # pip gives this script a first line that no kernel can read where the path has a space.
+        printf '#!/bin/sh\nexec "%s/bin/python" -m deepspeed.launcher.runner "$@"\n' "$_prefix" >"$_prefix/bin/deepspeed"
+    fi
     [ "$(head -n 1 "$_stamp" 2>/dev/null)" = "$_wanted" ] || echo "$_wanted" >"$_stamp"
     echo "extras: $_extras" >>"$_stamp"
     [ "$_constraints" = launch/constraints.txt ] || echo "torch is the user's" >>"$_stamp"

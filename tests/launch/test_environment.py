@@ -74,8 +74,12 @@ def checkout(tmp_path):
 def test_it_installs_once_and_leaves_a_torch_that_was_there(checkout):
     """The environment sees this one's torch, so torch's line is left out; for the rest the constraints hold."""
     active = checkout.activate()
+    script = Path(active["VIRTUAL_ENV"], "bin", "deepspeed")
+    script.write_text(f"#!{script.with_name('python')}\nfrom deepspeed.launcher.runner import main\n")  # as pip does
+    script.chmod(0o755)
     assert installs(checkout.source(**active))
     assert not installs(checkout.source(MINILLM_NEWEST="0", **active))
+    assert subprocess.run([script, "--help"], capture_output=True, text=True).stdout.startswith("usage: ")
     used = Path(active["VIRTUAL_ENV"], ".minillm-constraints.txt").read_text()
     assert used == "toy-of-a-test==1\n"
 

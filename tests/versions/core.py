@@ -23,6 +23,7 @@ from tests.launching import ROOT, checkpoint, command, environment, losses, run,
 FEW, ALL = 6, 10  # steps of the run that is broken off, and of the whole
 ZERO2 = ROOT / "ds_configs" / "zero2.json"
 TOLERANCE = 1e-4
+LIMIT = 1800  # seconds a command may take: the machine may be busy
 
 GENERATE = """
 import sys, torch
@@ -53,7 +54,7 @@ def settings(tiny_settings: dict, root: Path, name: str, steps: int) -> dict[str
 def runs(tiny_settings, tmp_path_factory) -> Path:
     """A folder with the run `few`: 6 steps, sampled from on the way."""
     root = tmp_path_factory.mktemp("runs")
-    run(command("pretrain.py", ZERO2, settings(tiny_settings, root, "few", FEW)))
+    run(command("pretrain.py", ZERO2, settings(tiny_settings, root, "few", FEW)), timeout=LIMIT)
     return root
 
 
@@ -73,9 +74,9 @@ def test_run(runs):
 
 def test_resume(runs, tiny_settings, tmp_path):
     """6 steps, a new process, 4 steps == 10 steps, to the last bit."""
-    done = run(command("pretrain.py", ZERO2, settings(tiny_settings, runs, "few", ALL)))
+    done = run(command("pretrain.py", ZERO2, settings(tiny_settings, runs, "few", ALL)), timeout=LIMIT)
     assert f"resumed from step {FEW}" in done.stdout
-    run(command("pretrain.py", ZERO2, settings(tiny_settings, tmp_path, "all", ALL)))
+    run(command("pretrain.py", ZERO2, settings(tiny_settings, tmp_path, "all", ALL)), timeout=LIMIT)
     assert losses(runs / "few") == losses(tmp_path / "all")
     assert same_bits(checkpoint(runs / "few", ALL), checkpoint(tmp_path / "all", ALL))
 
@@ -87,14 +88,14 @@ def test_sample(runs):
 
 def test_chat(runs):
     words = [sys.executable, "-m", "minillm.chat", str(runs / "few"), "--prompt", "The list", "--max-new-tokens", "8"]
-    done = run([*words, "--temperature", "0"])
+    done = run([*words, "--temperature", "0"], timeout=LIMIT)
     assert done.stdout.strip()
 
 
 def test_export(runs, tmp_path):
     """As transformers' own Llama, in a process that knows no minillm."""
     out = tmp_path / "exported"
-    run([sys.executable, "-m", "minillm.export", str(runs / "few"), str(out)])
+    run([sys.executable, "-m", "minillm.export", str(runs / "few"), str(out)], timeout=LIMIT)
     done = subprocess.run(
         [sys.executable, "-c", GENERATE, str(out)], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
