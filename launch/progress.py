@@ -2,8 +2,8 @@
 
 python launch/progress.py deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json --config demo
 
-Contract: prints nothing where the words start neither pretrain.py nor sft.py, or have a mistake in them (the command
-itself reports it). No torch: supervise.sh asks between two starts.
+Contract: `minillm pretrain` is understood too. Prints nothing where the words start neither pretraining nor
+fine-tuning, or have a mistake in them (the command itself reports it). No torch: supervise.sh asks between two starts.
 """
 
 import sys
@@ -13,19 +13,22 @@ from entry import parse_arguments
 
 from minillm.config import load_run_config
 from minillm.interop.load import newest_checkpoint
+from minillm.utils.commands import split_launcher
 from minillm.utils.errors import exit_on_user_error
 from minillm.utils.places import configs_dir
 
-STAGES = {"pretrain.py": ("pretrain", "demo"), "sft.py": ("sft", "sft-demo")}
+DEFAULT_CONFIGS = {"pretrain": "demo", "sft": "sft-demo"}
 
 
 def run_of(words: list[str]) -> Path | None:
     """The folder of the run that a command starts; None where it starts none."""
     for place, word in enumerate(words):
-        if (name := Path(word).name) in STAGES:
-            stage, default = STAGES[name]
-            sys.argv = words[place:]
-            arguments = parse_arguments(stage, default)
+        stage = Path(word).stem
+        is_command = word == stage and place > 0 and Path(words[place - 1]).name == "minillm"
+        if stage in DEFAULT_CONFIGS and (word.endswith(".py") or is_command):
+            rest = split_launcher(words[place + 1 :])[1] if is_command else words[place + 1 :]
+            sys.argv = [word, *rest]
+            arguments = parse_arguments(stage, DEFAULT_CONFIGS[stage])
             run, problems = load_run_config(
                 arguments.config, arguments.overrides, stage=stage, configs_dir=configs_dir()
             )

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import runpy
 import sys
-from collections.abc import Iterable
 
 from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
@@ -42,16 +41,6 @@ COMMANDS = {  # what is typed: what runs, in one line what it does
     "data lda": ("data_tools.lda", "topics of a corpus"),
     "data item2vec": ("data_tools.item2vec", "similar items from sequences"),
 }
-# Options of the `deepspeed` command (0.19.8), which go before the script: those with a value, and those without.
-LAUNCHER_VALUES = {
-    "-H", "--hostfile", "-i", "--include", "-e", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators",
-    "--master_port", "--master_addr", "--node_rank", "--launcher", "--launcher_args", "--enable_each_rank_log",
-    "--bind_core_list", "--ssh_port", "--venv_script", "--log_level",
-}  # fmt: skip
-LAUNCHER_FLAGS = {
-    "--no_local_rank", "--no_ssh", "--no_ssh_check", "--force_multi", "--save_pid", "--bind_cores_to_rank", "-q",
-    "--quiet",
-}  # fmt: skip
 LAUNCHED = ("pretrain", "sft", "preflight")
 PACKAGES = ("torch", "deepspeed", "transformers")
 
@@ -98,21 +87,6 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     return name, words[1:]
 
 
-def split_launcher(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(what goes to the deepspeed launcher, what goes to the script), both in their order."""
-    launcher, rest = [], []
-    words = iter(words)
-    for word in words:
-        option, separator, _ = word.partition("=")
-        if option in LAUNCHER_FLAGS | LAUNCHER_VALUES:
-            launcher.append(word)
-            if option in LAUNCHER_VALUES and not separator:
-                launcher += [value for value in [next(words, None)] if value is not None]
-        else:
-            rest.append(word)
-    return launcher, rest
-
-
 def run_script(name: str, script: str, words: list[str]) -> None:
     """A launch script: in this process where it starts no ranks or is one, else by the deepspeed launcher in its place.
 
@@ -120,7 +94,7 @@ def run_script(name: str, script: str, words: list[str]) -> None:
         UserError: launcher options where no launcher is started, or DeepSpeed is not installed.
     """
     path = str(home() / script)
-    launcher, rest = split_launcher(words) if name in LAUNCHED else ([], words)
+    launcher, rest = commands.split_launcher(words) if name in LAUNCHED else ([], words)
     asks = name not in LAUNCHED or not {"-h", "--help", "--dry-run"}.isdisjoint(rest)
     if asks or "RANK" in os.environ:
         if launcher:

@@ -12,6 +12,7 @@ import platform
 import sys
 
 from minillm.compat import versions
+from minillm.utils.commands import command_name
 from minillm.utils.errors import exit_on_user_error
 
 
@@ -30,7 +31,8 @@ def table(packages: list[versions.Package]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m minillm.versions", description="Compare this environment's packages with the tested ones."
+        prog=command_name("minillm.versions"),
+        description="Compare this environment's packages with the tested ones.",
     )
     parser.add_argument("--json", action="store_true", help="the rows as JSON")
     arguments = parser.parse_args(argv)
