@@ -13,11 +13,13 @@ from pathlib import Path
 
 # GNU's runtime (torch's Linux wheels), the standard's variable, and Intel's and LLVM's runtime
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-WAIT_POLICY = {"OMP_WAIT_POLICY": "passive"}
+# Waits of up to about a tenth of a millisecond, such as those between two operators, are worth spinning for: a sleeping
+# thread wakes late. Longer ones are not. GNU's runtime obeys the count, the others the policy.
+WAIT_POLICY = {"GOMP_SPINCOUNT": "3000", "OMP_WAIT_POLICY": "passive"}
 
 
 def set_wait_policy() -> None:
-    """Let waiting threads give their core away, in this process and its children, unless the user chose otherwise."""
+    """Let threads that wait long give their core away, here and in child processes, unless the user chose otherwise."""
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ.update(WAIT_POLICY)
 

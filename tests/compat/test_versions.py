@@ -193,3 +193,9 @@ def test_the_table(bare, tmp_path):
     assert json.loads(done.stdout)[0] == {"name": "torch", "installed": "2.13.0+cpu", "admitted": "",
                                           "tested": "2.13.0", "extra": "", "verdict": "as tested"}  # fmt: skip
     assert f"has some-name from {tmp_path}" in done.stderr
+
+
+def test_away_from_a_checkout_the_packages_themselves_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(versions, "PACKAGE", tmp_path / "site-packages" / "minillm")  # a wheel without launch/
+    said = versions.mending_command([("transformers", ">=5.17,<6"), ("torch", ">=2.11,<2.15")], {"torch": "2.13.0"})
+    assert said == f"{sys.executable} -m pip install 'transformers>=5.17,<6' torch==2.13.0"

@@ -39,9 +39,9 @@ def test_the_users_policy_stays(name, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="the wheels of other systems carry another runtime")
 def test_the_runtime_that_torch_loads_obeys_it():
     code = "from minillm.utils.threads import set_wait_policy; set_wait_policy(); import torch"
-    shown = subprocess.run([sys.executable, "-c", code], env=without_policy(OMP_DISPLAY_ENV="true"),
+    shown = subprocess.run([sys.executable, "-c", code], env=without_policy(OMP_DISPLAY_ENV="verbose"),
                            capture_output=True, text=True, check=True, timeout=120).stderr  # fmt: skip
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown, shown
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown and "GOMP_SPINCOUNT = '3000'" in shown, shown
 
 
 @pytest.mark.parametrize(
