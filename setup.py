@@ -58,6 +58,7 @@ setup(
         "tests": [
             *WORKSHOP,
             *["accelerate>=1.1", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.10", "pytest>=8", "ruff>=0.6"],
+            "pytest-xdist>=3.6",
             "tiktoken>=0.8",
         ],
         "tiktoken": ["tiktoken>=0.8"],
