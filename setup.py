@@ -70,7 +70,7 @@ setup(
         "workshop": WORKSHOP,
         "tests": [
             *WORKSHOP,
-            *["build>=1.2", "wheel>=0.43"],
+            *["build>=1.2", "pytest-xdist>=3.6,<4", "wheel>=0.43"],
             *["accelerate>=1.1,<2", "ipykernel>=6.25", "nbclient>=0.10", "nbformat>=5.10"],
             *["pytest>=8,<10", "ruff>=0.6,<1", "tiktoken>=0.8,<1"],
         ],

@@ -30,3 +30,15 @@ def tiny_settings(tiny_data) -> dict[str, object]:
     """Everything a tiny pretraining run needs on its command line but run_root and run_name."""
     data = {key: value for key, value in tiny_data.items() if key.startswith("data.")}
     return {**TINY_MODEL, **TINY_RUN, **data}
+
+
+@pytest.fixture(scope="session")
+def group():
+    """A process group of one, for the tests that train inside the test's process."""
+    from minillm.training.engine import process_group
+
+    with process_group():
+        yield
+
+
+pytest_plugins = ["tests.minutes"]

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 420
@@ -85,10 +86,14 @@ def losses(run_dir: Path) -> list[float]:
 
 def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights and moments."""
+    from safetensors.torch import load_file  # here, since processes that tests of the tools start need no torch
+
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     tensors = {**load_file(folder / "model.safetensors"), **load_file(folder / "optimizer.safetensors")}
     return {name: tensor.clone() for name, tensor in tensors.items()}  # load_file maps the file: it may change
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    import torch
+
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -32,6 +32,7 @@ from minillm.training.planned_states import Group, Zero, gathered, parameter_gro
 from minillm.training.planning import Setup, exchanged, largest_micro_batch, memory, speed
 from tests.launching import ROOT, run
 from tests.toy_presets import toy_fields, toy_model
+from tests.training.planned import measure
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -76,6 +77,9 @@ CASES = {
 def engines(request, tmp_path_factory) -> tuple[int, list]:
     """Ranks, and what each rank of each case holds."""
     ranks, folder = request.param, tmp_path_factory.mktemp("states")
+    if ranks == 1:  # this process is a rank already
+        request.getfixturevalue("group")
+        return ranks, [[measure(case, zero)] for case, zero in CASES[ranks]]
     cases = [[list(vars(case).values()), zero] for case, zero in CASES[ranks]]
     (folder / "cases.json").write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -16,7 +16,10 @@ from tests.launching import ROOT, checkpoint, command, losses, metrics, run, run
 STEPS = 12
 
 
-@pytest.mark.parametrize("ranks, json_name", [(1, "zero2.json"), (2, "zero2.json"), (2, "zero3.json")])
+@pytest.mark.parametrize(
+    "ranks, json_name",
+    [(1, "zero2.json"), (2, "zero2.json"), pytest.param(2, "zero3.json", marks=pytest.mark.slow)],
+)
 def test_killed_run_continues_to_the_same_bits(tmp_path, tiny_settings, ranks, json_name, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2" if ranks == 1 else "1")
     json_file = ROOT / "ds_configs" / json_name

@@ -299,7 +299,7 @@ def start(data, cache, slow):
 
 
 def test_one_compiles_and_the_others_wait(data, tmp_path):
-    processes = [start(data, tmp_path, 0.15) for _ in range(3)]
+    processes = [start(data, tmp_path, 0.6) for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     text = "".join(out for out, _ in outputs)

@@ -1,16 +1,8 @@
-"""A process group of one for the tests that train inside the test's process."""
+"""Settings of the tests that train inside the test's process."""
 
 from __future__ import annotations
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def group():
-    from minillm.training.engine import process_group
-
-    with process_group():
-        yield
 
 
 @pytest.fixture

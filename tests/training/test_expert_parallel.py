@@ -2,7 +2,7 @@
 
 One start of two ranks runs every case straight through; in other starts, new processes, copies of what was left
 half-way go on: on two ranks with the same backend or another, on one rank, and on four, where ranks share experts as
-well as share them out.
+well as share them out. By default six runs, one of each law (QUICK); all of them are slow.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ STRAIGHT: Runs = {
         "mixtral-mini", FP32[2], "deepspeed", 2, {"model.moe_capacity_factor": 1.0, "model.moe_min_capacity": 1}
     ),
 }  # fmt: skip
+QUICK = ["mixtral-mini-torch", "mixtral-mini-deepspeed", "mixtral-mini-autoep", "mixtral-mini-dropping",
+         "deepseek-v3-mini-torch", "deepseek-v3-mini-autoep"]  # one of each law; the others are slow
 OTHERS = ["qwen3-moe-mini", "qwen3-next-mini"]
 MORE: Runs = {  # slow
     **{f"{p}-torch": (p, FP32[2], "torch", 1, {}) for p in ("mixtral-mini", *OTHERS)},
@@ -98,28 +100,46 @@ def other_name(name: str, backend: str, size: int, stage: int) -> str:
     return f"{name}-then-{backend}-{size}-zero{stage}"
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_settings, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("experts")
-    start(2, [case(name, tiny_settings, root, STRAIGHT) for name in STRAIGHT], root / "first.json")
+def each(names) -> list:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def train_all(names: list[str], settings: dict, root: Path) -> Path:
+    """Straight through, and then in new processes what SAME and OTHER say of these names."""
+    start(2, [case(name, settings, root, STRAIGHT) for name in names], root / "first.json")
     second = []
-    for name in SAME:
-        copy = half_of(root, name, f"{name}-broken")
-        second.append(case(name, tiny_settings, root, STRAIGHT, run_name=copy))
-    for name, others in OTHER.items():
-        for deepspeed, backend, size in others:
+    for name in names:
+        if name in SAME:
+            copy = half_of(root, name, f"{name}-broken")
+            second.append(case(name, settings, root, STRAIGHT, run_name=copy))
+        for deepspeed, backend, size in OTHER.get(name, ()):
             stage = deepspeed["zero_optimization"]["stage"]
             copy = half_of(root, name, other_name(name, backend, size, stage))
             changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": size}
-            second.append(case(name, tiny_settings, root, STRAIGHT, deepspeed=deepspeed, **changes))
+            second.append(case(name, settings, root, STRAIGHT, deepspeed=deepspeed, **changes))
     start(2, second, root / "second.json")
     return root
 
 
 @pytest.fixture(scope="module")
-def elsewhere(trained, tiny_settings) -> Path:
+def trained(tiny_settings, tmp_path_factory) -> Path:
+    return train_all(QUICK, tiny_settings, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(scope="module")
+def all_trained(trained, tiny_settings) -> Path:
+    return train_all([name for name in STRAIGHT if name not in QUICK], tiny_settings, trained)
+
+
+@pytest.fixture
+def runs(name: str, request) -> Path:
+    return request.getfixturevalue("trained" if name in QUICK else "all_trained")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(all_trained, tiny_settings) -> Path:
     """What one rank and four make of what two left half-way; the fault campaign's elastic runs do it both ways."""
-    root = trained
+    root = all_trained
     third = []
     for name, backend in ON_ONE_RANK:
         copy = half_of(root, name, f"{name}-one-rank")
@@ -139,37 +159,38 @@ def elsewhere(trained, tiny_settings) -> Path:
 DROPLESS = [n for n in STRAIGHT if not n.endswith(("torch", "dropping")) and "moe-876m" not in n]
 
 
-@pytest.mark.parametrize("name", DROPLESS)
-def test_losses_equal_those_of_experts_in_plain_torch(trained, name):
+@pytest.mark.parametrize("name", each(DROPLESS))
+def test_losses_equal_those_of_experts_in_plain_torch(runs, name):
     base = "mixtral-mini-bf16-torch" if "bf16" in name else f"{STRAIGHT[name][0]}-torch"
-    assert len(losses(trained / name)) == STEPS
+    assert len(losses(runs / name)) == STEPS
     tolerance = 5e-3 if "bf16" in name else 1e-5
-    assert losses(trained / name) == pytest.approx(losses(trained / base), rel=tolerance)
+    assert losses(runs / name) == pytest.approx(losses(runs / base), rel=tolerance)
     if "bf16" not in name:  # where single tokens take another way from step to step
-        norms, expected = ([r["grad_norm"] for r in metrics(trained / n) if "loss" in r] for n in (name, base))
+        norms, expected = ([r["grad_norm"] for r in metrics(runs / n) if "loss" in r] for n in (name, base))
         assert norms == pytest.approx(expected, rel=1e-4)  # one global norm, every expert in it once
-    one, other = ([r["val_loss"] for r in metrics(trained / n) if "val_loss" in r] for n in (name, base))
+    one, other = ([r["val_loss"] for r in metrics(runs / n) if "val_loss" in r] for n in (name, base))
     assert one == pytest.approx(other, rel=tolerance)
 
 
-def test_noisy_routers_train_with_shared_out_experts(trained):
+@pytest.mark.slow
+def test_noisy_routers_train_with_shared_out_experts(all_trained):
     """Each rank draws its own noise, the same with either backend."""
-    found, expected = (losses(trained / f"moe-876m-{backend}") for backend in ("deepspeed", "torch"))
+    found, expected = (losses(all_trained / f"moe-876m-{backend}") for backend in ("deepspeed", "torch"))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_a_break_changes_no_bit(trained, name):
-    assert losses(trained / f"{name}-broken") == losses(trained / name)
-    assert same_bits(checkpoint(trained / f"{name}-broken", STEPS), checkpoint(trained / name, STEPS))
+@pytest.mark.parametrize("name", each(SAME))
+def test_a_break_changes_no_bit(runs, name):
+    assert losses(runs / f"{name}-broken") == losses(runs / name)
+    assert same_bits(checkpoint(runs / f"{name}-broken", STEPS), checkpoint(runs / name, STEPS))
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_another_backend_and_zero_stage_go_on(trained, name):
+@pytest.mark.parametrize("name", each(OTHER))
+def test_another_backend_and_zero_stage_go_on(runs, name):
     for deepspeed, backend, size in OTHER[name]:
         copy = other_name(name, backend, size, deepspeed["zero_optimization"]["stage"])
-        assert losses(trained / copy) == pytest.approx(losses(trained / name), rel=1e-5), copy
-        straight, other = checkpoint(trained / name, STEPS), checkpoint(trained / copy, STEPS)
+        assert losses(runs / copy) == pytest.approx(losses(runs / name), rel=1e-5), copy
+        straight, other = checkpoint(runs / name, STEPS), checkpoint(runs / copy, STEPS)
         assert straight.keys() == other.keys()
         for key, tensor in straight.items():
             assert (tensor - other[key]).norm() <= 1e-3 * tensor.norm(), (copy, key)

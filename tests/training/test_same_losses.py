@@ -21,6 +21,7 @@ from minillm.data.stream import build_stream
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.presets import PRESETS
 from tests.launching import ROOT, losses, run
+from tests.training.in_process import train
 from tests.training.tiny_data import TINY_MODEL
 
 STEPS, BATCH, RATE, CLIP, DECAY = 6, 8, 3e-3, 0.5, 0.1
@@ -98,12 +99,17 @@ def cases_for(ranks: int, settings: dict[str, dict], root: Path) -> dict[str, di
     return cases
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, *(pytest.param(many, marks=pytest.mark.slow) for many in (4, 8))])
+@pytest.mark.usefixtures("group")
 def test_losses_equal_plain_torch(ranks, settings, tmp_path):
     cases = cases_for(ranks, settings, tmp_path)
-    (tmp_path / "cases.json").write_text(json.dumps(list(cases.values())))
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-    run([*launcher, "--standalone", str(ROOT / "tests" / "training" / "worker.py"), str(tmp_path / "cases.json")])
+    if ranks == 1:  # this process is a rank already
+        for case in cases.values():
+            train(**case)
+    else:
+        (tmp_path / "cases.json").write_text(json.dumps(list(cases.values())))
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        run([*launcher, "--standalone", str(ROOT / "tests" / "training" / "worker.py"), str(tmp_path / "cases.json")])
     expected = {kind: plain_torch(settings[kind]) for kind in ("text", "chat")}
     for label in cases:
         found = losses(tmp_path / label)

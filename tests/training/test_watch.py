@@ -17,6 +17,7 @@ from minillm.training.watch import HUNG, SILENT
 from tests.launching import ROOT, checkpoint, environment, losses, metrics
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
+ALLOWED = 10  # seconds without progress: on a busy machine building the model takes some of them
 
 
 def start_ranks(settings: dict, folder: Path) -> list[subprocess.Popen]:
@@ -57,7 +58,7 @@ def run_until_hit(settings: dict, folder: Path, number: int, victim: int) -> tup
 
 def long_run(tiny_settings: dict, tmp_path: Path) -> dict:
     own = {"run_root": str(tmp_path), "run_name": "r", "train.max_steps": 100_000, "checkpoint.every": 2,
-           "validation.every": 0, "faults.timeout": 4, "train.train_micro_batch_size_per_gpu": 4}  # fmt: skip
+           "validation.every": 0, "faults.timeout": ALLOWED, "train.train_micro_batch_size_per_gpu": 4}  # fmt: skip
     return {**tiny_settings, **own}
 
 
@@ -68,14 +69,14 @@ def test_a_rank_that_stands_still_is_named(tiny_settings, tmp_path):
     assert code == HUNG, log
     assert "no sign of life from rank 1 (" in log and "last seen at" in log
     assert "rank 0 (" in log.split("no sign of life")[1]  # where the others stand
-    assert seconds < 4 + SILENT + 15
+    assert seconds < ALLOWED + SILENT + 15
 
 
 def test_a_rank_that_dies_is_named_and_the_run_goes_on_later(tiny_settings, tmp_path):
     settings = long_run(tiny_settings, tmp_path)
     code, log, seconds = run_until_hit(settings, tmp_path, signal.SIGKILL, victim=1)
     assert code == HUNG and "rank 1 (" in log and "last seen at" in log, log
-    assert seconds < 4 + SILENT + 15
+    assert seconds < ALLOWED + SILENT + 15
     done = len(losses(tmp_path / "r"))
     rest = {**settings, "train.max_steps": done + 4, "faults.timeout": 600}
     for rank in start_ranks(rest, tmp_path):
