@@ -13,9 +13,10 @@ from pathlib import Path
 
 # GNU's runtime (torch's Linux wheels), the standard's variable, and Intel's and LLVM's runtime
 WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-# Waits of up to about a tenth of a millisecond, such as those between two operators, are worth spinning for: a sleeping
-# thread wakes late. Longer ones are not. GNU's runtime obeys the count, the others the policy.
-WAIT_POLICY = {"GOMP_SPINCOUNT": "3000", "OMP_WAIT_POLICY": "passive"}
+# Short waits, of a fraction of a millisecond as between two operators, are worth spinning for: a sleeping thread wakes
+# late (tests/benchmarks/bench_busy.py compares counts). Longer ones are not. GNU's runtime obeys the count, the others
+# the policy.
+WAIT_POLICY = {"GOMP_SPINCOUNT": "10000", "OMP_WAIT_POLICY": "passive"}
 
 
 def set_wait_policy() -> None:

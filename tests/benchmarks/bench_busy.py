@@ -34,6 +34,7 @@ POLICIES = {
     "spin-1000": {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "all"},
     "spin-3000": {"GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": "all"},
     "spin-10000": {"GOMP_SPINCOUNT": "10000", "OMP_NUM_THREADS": "all"},
+    "spin-20000": {"GOMP_SPINCOUNT": "20000", "OMP_NUM_THREADS": "all"},
     "one-thread": {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"},
 }
 MATRIX = "import torch; torch.set_num_threads(2); a, b = torch.ones(1024, 256), torch.ones(256, 256)\nwhile True: a @ b"
