@@ -1,7 +1,7 @@
 """Away from the checkout: a wheel made from the sdist, in an environment of its own, in a folder that has only data.
 
-Contract: nothing is downloaded; the new environment finds this one's packages by a .pth file, and minillm nowhere but
-in its wheel (`.pth` files are not read in a folder that is named in one, so an editable installation here is not seen).
+Contract: nothing is downloaded; the new environment finds this one's packages by links, all but minillm, which it has
+from its wheel alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def new_environment(folder: Path) -> Path:
     """A virtual environment with this one's packages; its bin folder."""
     sh(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not package.name.startswith(("minillm", "__")):
+            (site / package.name).symlink_to(package)
     return folder / "bin"
 
 
