@@ -136,7 +136,6 @@ class Row:
         report.unlink(missing_ok=True)
         hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        environment.setdefault("OMP_WAIT_POLICY", "passive")  # beside other work, spinning threads starve each other
         environment["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         words = [str(self.folder / "bin" / "python"), "-m", "pytest", "tests/versions/core.py", f"--junitxml={report}"]
         start = time.monotonic()
