@@ -1,6 +1,6 @@
 """How many threads each rank computes with on a CPU: measured, written down, and followed again on resume.
 
-Contract: another number of threads adds up in another order, which changes the last bits of an fp32 run. So
+Contract: another number of threads adds up in another order, which changes the last bits of a run. So
 `threads.json` of the run folder says which number holds from which step on, before that step is taken; a start that
 comes to steps already done takes them with the same numbers, to the bit as before, and measures only past the last
 entry. OMP_NUM_THREADS is the user's word and ends all measuring. Every rank uses the same number. On a GPU none of
