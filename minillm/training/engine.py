@@ -133,7 +133,9 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
         model=model, optimizer=build_optimizer(model, run.optim), config=deepspeed_config, dist_init_required=False
     )
     if run.train.compile:
-        engine.compile()
+        # Not engine.compile(), which makes one graph of the model: all its gradients come at the end of backward, when
+        # nothing is left to overlap their reduction with.
+        engine.module.compile_regions()
     return engine
 
 
@@ -190,11 +192,13 @@ def _attempt_step(
     accept: Callable[[float], bool] | None,
 ) -> StepResult:
     scale = distributed.world_size()  # DeepSpeed averages over the ranks; the loss is already divided by all tokens
+    # A number would become part of compiled graphs; and filled on the device, it waits for nothing.
+    num_items = torch.full((), num_target_tokens, dtype=torch.long, device=engine.device)
     losses: dict[str, torch.Tensor] = {}
     routing: dict[str, torch.Tensor] = {}
     problem = None
     for number, batch in enumerate(micro_batches, 1):
-        output = engine(**batch, num_items_in_batch=num_target_tokens)
+        output = engine(**batch, num_items_in_batch=num_items)
         losses = _add(losses, {"total": output.loss, **output.losses})
         routing = _add(routing, output.routing or {})
         factor = scale
@@ -257,10 +261,12 @@ def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> dict
 
 
 def _sum_over_ranks(*tables: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The same tables with every tensor summed over the ranks, in float64 on the CPU; one all-reduce for all."""
+    """The same tables with every tensor summed over the ranks, in float64 on the CPU; one all-reduce for all, and one
+    wait for the device."""
     values = [value for table in tables for value in table.values()]
-    flat = torch.cat([value.flatten() for value in values]).tolist()
-    flat = torch.tensor(distributed.reduce_sum(flat), dtype=torch.float64)
+    flat = torch.cat([value.flatten() for value in values])
+    dist.all_reduce(flat)
+    flat = flat.cpu()
     parts = iter(flat.split([value.numel() for value in values]))
     return [{name: next(parts).view(value.shape) for name, value in table.items()} for table in tables]
 
