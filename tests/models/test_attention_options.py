@@ -278,6 +278,7 @@ needs_kernel = pytest.mark.skipif(
 )
 
 
+@pytest.mark.gpu
 @needs_kernel
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("value_dim", [64, 48])
@@ -297,6 +298,7 @@ def test_the_kernel_equals_the_dense_mask(window, value_dim):
         torch.testing.assert_close(x.grad.float().cpu(), y.grad, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.gpu
 @needs_kernel
 @pytest.mark.parametrize("preset", ["llama3-mini", "mistral-mini", "gpt2-124m"])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -310,6 +310,7 @@ def test_training_path_compiles_in_one_piece():
         assert far(traced, plain) < EXACT
 
 
+@pytest.mark.gpu
 def test_flash_linear_attention_equals_the_chunks():
     if delta_rule.flash_chunks is None:
         pytest.skip("flash-linear-attention is not installed")

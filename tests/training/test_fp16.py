@@ -23,6 +23,7 @@ def test_without_a_gpu_it_is_refused_before_anything_is_written(settings, tmp_pa
     assert not list(tmp_path.glob("r"))
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.usefixtures("group")
 def test_it_resumes_to_the_same_bits_with_its_scale(settings, tmp_path):
