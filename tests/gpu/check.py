@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 SPEED = ("dense-26m", "dense-171m", "dense-171m-eager", "moe-876m", "moe-876m-eager", "dense-of-moe-876m",
          "dense-171m-micro-64", "moe-876m-micro-32", "qwen3-next-mini")  # fmt: skip
 GPU_TESTS = "tests/test_plan.py tests/models/test_attention_options.py tests/models/test_gated_deltanet.py " \
@@ -87,16 +86,16 @@ def steps(work: Path, tiny: bool) -> list[Step]:
 
     engine = "optimizer steps of the trainer's engine"
     speed = [
-        Step(f"speed {row}", engine, 240, [python(HERE / "steps.py", row, *small)], alone=True)
+        Step(f"speed {row}", engine, 240, [python("-m", "tests.gpu.steps", row, *small)], alone=True)
         for row in (SPEED[:4] if tiny else SPEED)
     ]
     return [
-        Step("machine", "card, driver, versions, two ceilings", 90, [python(HERE / "machine.py")], True),
-        Step("kernels", "fast paths against fp32 on the CPU", 240, [python(HERE / "kernels.py")]),
+        Step("machine", "card, driver, versions, two ceilings", 90, [python("-m", "tests.gpu.machine")], True),
+        Step("kernels", "fast paths against fp32 on the CPU", 240, [python("-m", "tests.gpu.fast_paths")]),
         Step("resume", "a run broken off and continued, against the straight one, bit for bit", 400, [
             run("straight", 30, "samples.every=30", "samples.prompts=['The function returns']"),
             run("broken", 20), run("broken", 30),
-            python(HERE / "same_losses.py", runs / "straight", runs / "broken"),
+            python("-m", "tests.gpu.same_losses", runs / "straight", runs / "broken"),
         ]),
         Step("parity", "the engine's step against plain torch, ZeRO 1 to 3, three backends of experts", 300,
              [python("-m", "minillm.parity", "--ranks", 1, "--only", "bf16", "accumulation 3")]),
@@ -105,7 +104,7 @@ def steps(work: Path, tiny: bool) -> list[Step]:
         Step("tests", "the repository's tests that need a GPU", 300,
              [python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS.split())]),
         *speed,
-        Step("decode", "greedy decoding of dense-171m, batch 1", 150, [python(HERE / "decode.py", *small)], True),
+        Step("decode", "greedy decoding of dense-171m, batch 1", 150, [python("-m", "tests.gpu.decode", *small)], True),
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Decoding speed of dense-171m's shape on one GPU, batch 1, greedy, against the limit that reading its weights sets.
 
-    python tests/gpu/decode.py [--tiny]
+    python -m tests.gpu.decode [--tiny]
 
 Ways: a growing cache with this project's `generate` (eager); the same with cuDNN's attention allowed, as transformers'
 own does; and a cache of fixed size with the step compiled (CUDA graphs).

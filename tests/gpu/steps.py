@@ -1,6 +1,6 @@
 """Optimizer steps of the real engine on one GPU: speed, MFU and peak memory of a model and a way to train it.
 
-    python tests/gpu/steps.py ROW [--steps N] [--tiny] [--profile FILE]     (--list names the rows)
+    python -m tests.gpu.steps ROW [--steps N] [--tiny] [--profile FILE]     (--list names the rows)
 
 Contract: the engine is the trainer's own (build_engine, run_step); rows of random tokens, cut into documents of 170
 tokens on average as packed text is. The last line is `RESULT {...}`, in the form that `minillm.plan --calibrate` reads.

@@ -32,13 +32,17 @@ def far(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours - exact).abs().max() / exact.abs().max().clamp(min=1e-9))
 
 
+def leaf(x: torch.Tensor | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if x is None else x.detach().to(device, dtype, copy=True).requires_grad_()
+
+
 def check_attention(heads, shared, width, window, value_width) -> float:
     length = 200
     documents = (torch.rand(3, length) < 0.02).long().cumsum(1)
     shapes = [(3, heads, length, width), (3, shared, length, width), (3, shared, length, value_width)]
     low = [torch.randn(shape).bfloat16() for shape in shapes]
-    ours = [x.to(DEVICE).requires_grad_() for x in low]
-    exact = [x.float().requires_grad_() for x in low]
+    ours = [leaf(x, DEVICE, torch.bfloat16) for x in low]
+    exact = [leaf(x, CPU, torch.float32) for x in low]
     borders = attention.document_borders_of(documents)
     padded = torch.cat((borders, borders[-1:].expand(5)))  # documents of no tokens, as a loader's
     out = attention.attend(*ours, attention.PackedDocuments(padded.to(DEVICE), window))
@@ -62,7 +66,7 @@ def check_experts(kind, count, chosen, hidden, size, idle, compiled) -> float:
         leaves = [
             None if t is None else t.to(device, dtype).requires_grad_() for t in (x, up, up_bias, down, down_bias)
         ]
-        own = weights.to(device).clone().requires_grad_()
+        own = leaf(weights, device, torch.float32)
         call = torch.compile(experts._apply_experts) if compiled and device == DEVICE else experts._apply_experts
         y = call(leaves[0], own, indices.to(device), *leaves[1:], kind)
         y.float().square().sum().backward()
