@@ -192,10 +192,12 @@ class Trainer:
     def warm_up_and_restore(self, exact_weights: dict[str, torch.Tensor] | None) -> TrainState:
         """One step at learning rate 0, then the checkpoint's state, or a clean one."""
         batch = self.loader.batch_at(0)
+        (tokens,) = distributed.reduce_sum([batch.num_target_tokens])
         start = time.perf_counter()
         self.watch.at("the warm-up step")
+        batches = [move_to_device(b, self.engine.device) for b in batch.micro_batches]
         try:
-            warm_up_engine(self.engine, [move_to_device(b, self.engine.device) for b in batch.micro_batches])
+            warm_up_engine(self.engine, batches, max(1, int(tokens)))
         except NonFiniteError as error:
             fix = "move that folder away to go on from an older one" if self.source else "choose other weights"
             folder = self.source or self.data.base
