@@ -61,6 +61,7 @@ from minillm.training.validation import sample, validate
 from minillm.training.watch import HUNG, Watch
 from minillm.training.zero_state import write_full_state
 from minillm.utils import distributed
+from minillm.utils.determinism import deterministic_kernels
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say, warn
 from minillm.utils.seeding import capture_rng, restore_rng
@@ -91,7 +92,11 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
     config = resolve_model_config(run, data)
-    with run_folder.only_writer(run.run_dir), contextlib.closing(Watch(run.faults.timeout)) as watch:
+    with (
+        deterministic_kernels(run.train.deterministic),
+        run_folder.only_writer(run.run_dir),
+        contextlib.closing(Watch(run.faults.timeout)) as watch,
+    ):
         while True:
             trainer = Trainer(run, data, watch)
             if trainer.is_complete():
@@ -202,6 +207,11 @@ class Trainer:
             fix = "move that folder away to go on from an older one" if self.source else "choose other weights"
             folder = self.source or self.data.base
             raise NonFiniteError(f"the weights of {folder} are ruined: {error}; {fix}") from error
+        except RuntimeError as error:
+            if "deterministic implementation" not in str(error):
+                raise
+            first = str(error).split(". ")[0]
+            raise UserError(f"train.deterministic = true: {first}; set train.deterministic=false") from error
         say(f"warm-up step: {time.perf_counter() - start:.1f} s")
         if self.source is not None:
             state = checkpoint.restore_training(self.engine, self.source, self.config.seed)

@@ -10,8 +10,10 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from minillm.training import loop
 from minillm.training.zero_state import loss_scale_state
+from minillm.utils import determinism
+from minillm.utils.errors import UserError
 from tests.launching import ROOT
-from tests.training.in_process import built_trainer
+from tests.training.in_process import built_trainer, train
 
 FP16 = json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text())["fp16"]
 
@@ -43,3 +45,41 @@ def test_the_warm_up_step_is_a_step_of_the_run_and_leaves_no_loss_scale_behind(s
     targets = torch.cat([batch["shift_labels"].flatten() for batch in batches])
     expected = torch.nn.functional.cross_entropy(torch.cat([x.flatten(0, 1) for x in logits]), targets)
     assert results[0].loss == pytest.approx(float(expected), rel=1e-5)
+
+
+class Gpu:
+    """What the choice of kernels is told of the device; the run itself stays where it is."""
+
+    @staticmethod
+    def default_device() -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_whole_run_has_the_kernels_it_asks_for(settings, monkeypatch, wanted):
+    asked = []
+
+    def looking(function):
+        def call(*args, **kwargs):
+            asked.append(torch.are_deterministic_algorithms_enabled())
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(determinism, "distributed", Gpu)
+    for name in ("build_engine", "warm_up_engine", "run_step", "validate"):
+        monkeypatch.setattr(loop, name, looking(getattr(loop, name)))
+    assert train({**settings, "train.deterministic": wanted, "train.max_steps": 2}) == 0
+    assert len(asked) >= 5 and set(asked) == {wanted}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("group")
+def test_an_operation_without_such_a_kernel_is_named_at_the_start(settings, monkeypatch):
+    monkeypatch.setattr(determinism, "distributed", Gpu)
+    # put_ is one of PyTorch's operations that do not repeat on any device.
+    put = lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))  # noqa: E731
+    monkeypatch.setattr(loop, "warm_up_engine", put)
+    with pytest.raises(UserError, match="train.deterministic = true: put_ does not.*set train.deterministic=false"):
+        train({**settings, "train.deterministic": True})
