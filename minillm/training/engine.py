@@ -75,10 +75,13 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Open the process group (nccl on GPUs, gloo on CPUs) and close it whatever happens.
 
     A process that no launcher started becomes a group of one. CPU ranks share the cores of their machine evenly.
+
+    Raises:
+        UserError: this rank's machine has fewer GPUs than ranks.
     """
+    device = distributed.check_device()
     alone = {} if "RANK" in os.environ else lone_rank_environment()
     os.environ.update(alone)
-    device = distributed.default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
