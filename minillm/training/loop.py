@@ -74,9 +74,11 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
 
     Returns:
         The exit code: 0, or 128 + the signal's number.
+
+    Raises:
+        UserError: before data is opened, a precision or a number of ranks that the devices are not made for.
     """
-    if precision(deepspeed_config) == "fp16" and distributed.default_device().type == "cpu":
-        raise UserError("fp16 needs a GPU, and this machine has none: use a bf16 JSON, such as ds_configs/zero2.json")
+    check_precision(precision(deepspeed_config), distributed.check_device())
     stop = StopRequest(launched="RANK" in os.environ)
     try:
         data = open_data(run)
@@ -84,6 +86,24 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
             return train_in_group(run, deepspeed_config, data, stop)
     finally:
         stop.restore()
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Refuse what would not run, or only in emulation.
+
+    Args:
+        name: bf16, fp16 or fp32.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("fp16 needs a GPU, and this machine has none: use a bf16 JSON, such as ds_configs/zero2.json")
+    if name == "bf16" and device.type == "cuda":
+        torch.cuda.set_device(device)  # the question below is about the current one
+        # PyTorch and DeepSpeed count emulation as support: no tensor cores, no fused attention, several times slower.
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"bf16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic (cards from Ampere on have); use "
+                f"--deepspeed ds_configs/zero2_fp16.json"
+            )
 
 
 def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: StopRequest) -> int:
