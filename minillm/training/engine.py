@@ -34,7 +34,7 @@ from minillm.models.capacity import Capacity
 from minillm.training.deepspeed_config import precision
 from minillm.training.expert_parallel import parallelise_experts
 from minillm.training.optim import build_optimizer
-from minillm.training.zero_state import loss_scale_state
+from minillm.training.zero_state import loss_scale_state, restore_loss_scale
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 
@@ -75,10 +75,13 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Open the process group (nccl on GPUs, gloo on CPUs) and close it whatever happens.
 
     A process that no launcher started becomes a group of one. CPU ranks share the cores of their machine evenly.
+
+    Raises:
+        UserError: this rank's machine has fewer GPUs than ranks.
     """
+    device = distributed.check_device()
     alone = {} if "RANK" in os.environ else lone_rank_environment()
     os.environ.update(alone)
-    device = distributed.default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -139,14 +142,23 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
     return engine
 
 
-def warm_up(engine, micro_batches: list[MicroBatch]) -> None:
+def warm_up(engine, micro_batches: list[MicroBatch], num_target_tokens: int) -> StepResult:
     """One whole step at learning rate 0, with every micro-step of the accumulation.
 
     Out-of-memory and kernel errors come now and not at night, and the optimizer's state exists afterwards. It dirties
-    moments, counters and generators; the caller resets or restores them.
+    moments, counters and generators; the caller resets or restores them. fp16's loss scale is as it was: what this
+    step had to lower, the first step lowers again, but a scale that is too low comes back only after a thousand steps.
+
+    Args:
+        micro_batches, num_target_tokens: as for `run_step`; gradients of another size than those of the run would
+            find another loss scale.
     """
-    run_step(engine, micro_batches, num_target_tokens=1, learning_rate=0.0)
+    scale = loss_scale_state(engine)
+    result = run_step(engine, micro_batches, num_target_tokens, learning_rate=0.0)
+    if scale is not None:
+        restore_loss_scale(engine, scale)
     link_optimizer_states(engine)
+    return result
 
 
 def run_step(

@@ -63,9 +63,7 @@ def check_experts(kind, count, chosen, hidden, size, idle, compiled) -> float:
     down_bias = torch.randn(count, hidden).bfloat16() if biased else None
     results = []
     for device, dtype in ((DEVICE, torch.bfloat16), (CPU, torch.float32)):
-        leaves = [
-            None if t is None else t.to(device, dtype).requires_grad_() for t in (x, up, up_bias, down, down_bias)
-        ]
+        leaves = [leaf(t, device, dtype) for t in (x, up, up_bias, down, down_bias)]
         own = leaf(weights, device, torch.float32)
         call = torch.compile(experts._apply_experts) if compiled and device == DEVICE else experts._apply_experts
         y = call(leaves[0], own, indices.to(device), *leaves[1:], kind)
