@@ -102,7 +102,7 @@ def steps(work: Path, tiny: bool) -> list[Step]:
         Step("fp16", "fp16 with dynamic loss scaling", 180, [
             training("pretrain", "zero2_fp16", runs, "fp16", "train.max_steps=6", "train.compile=false", *shrink)]),
         Step("tests", "the repository's tests that need a GPU", 300,
-             [python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *GPU_TESTS.split())]),
+             [python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", *GPU_TESTS.split())]),
         *speed,
         Step("decode", "greedy decoding of dense-171m, batch 1", 150, [python("-m", "tests.gpu.decode", *small)], True),
     ]  # fmt: skip
