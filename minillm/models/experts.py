@@ -152,12 +152,27 @@ def _can_group(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or all(p.data_ptr() % 16 == 0 for p in parameters)
 
 
-def _grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[R, N], [R, M] -> [E, N, M], the sum of outer products of each expert's rows."""
+def _multiply_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return F.grouped_mm(rows, matrices.transpose(1, 2) if transposed else matrices, offs=ends)
+
+
+def _multiply_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     products = F.grouped_mm(left.t(), right, offs=ends)
     # An expert without rows is left unwritten on some devices (pytorch issue 172439).
     idle = ends == F.pad(ends[:-1], (1, 0))
     return products.masked_fill_(idle[:, None, None], 0.0)
+
+
+def _grouped_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """[R, N] times each row's expert's matrix: [E, N, M], or [E, M, N] where it is to be transposed -> [R, M]."""
+    call = torch.ops.minillm.multiply_rows if torch.compiler.is_compiling() else _multiply_rows
+    return call(rows, matrices, ends, transposed)
+
+
+def _grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[R, N], [R, M] -> [E, N, M], the sum of outer products of each expert's rows."""
+    call = torch.ops.minillm.multiply_outer if torch.compiler.is_compiling() else _multiply_outer
+    return call(left, right, ends)
 
 
 def _grouped_sum(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -175,10 +190,10 @@ def _grouped_forward(x, weights, order, ends, up, up_bias, down, down_bias, inne
     activate, _ = _INNER[inner]
     top_k, count = weights.shape[1], order.shape[0]
     weight = weights.flatten()[order, None]
-    z = F.grouped_mm(x.index_select(0, order // top_k), up.transpose(1, 2), offs=ends)
+    z = _grouped_rows(x.index_select(0, order // top_k), up, ends, True)
     if up_bias is not None:
         z += _rows_of(up_bias, ends, count)
-    out = F.grouped_mm(activate(z).mul_(weight), down.transpose(1, 2), offs=ends)
+    out = _grouped_rows(activate(z).mul_(weight), down, ends, True)
     if down_bias is not None:
         out += weight * _rows_of(down_bias, ends, count)
     return out.index_select(0, order.argsort()).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype), z
@@ -189,7 +204,7 @@ def _grouped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, d
     top_k, inverse = weights.shape[1], order.argsort()
     tokens, weight = order // top_k, weights.flatten()[order, None]
     of_y, activation = gradient.index_select(0, tokens), activate(z)
-    of_activation = F.grouped_mm(of_y, down, offs=ends)
+    of_activation = _grouped_rows(of_y, down, ends, False)
     of_weight = (of_activation * activation).sum(-1, dtype=torch.float32)
     of_up_bias = of_down_bias = None
     if down_bias is not None:
@@ -200,7 +215,7 @@ def _grouped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, d
     if up_bias is not None:
         of_up_bias = _grouped_sum(of_z, ends).to(up_bias.dtype)
     of_up = _grouped_outer(of_z, x.index_select(0, tokens), ends)
-    of_rows = F.grouped_mm(of_z, up, offs=ends)
+    of_rows = _grouped_rows(of_z, up, ends, False)
     of_x = of_rows.index_select(0, inverse).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype)
     return of_x, of_weight[inverse].view_as(weights), of_up, of_up_bias, of_down, of_down_bias
 
@@ -251,9 +266,9 @@ def _experts_backward(
 
 
 def _register_operators() -> None:
-    """The two functions as torch.ops.minillm.experts and experts_backward, so that the compiler does not look inside
-    the loop, which depends on how many rows each expert has. (It looks inside grouped products, and fuses what is
-    around them.)"""
+    """What the compiler does not look into, as torch.ops.minillm.*: `experts` and `experts_backward`, since the loop
+    depends on how many rows each expert has; and the grouped products alone, around which it fuses, since their kernel
+    asserts on the device that rows begin at multiples of 16 bytes, and the compiler would lay them out anew."""
     if hasattr(torch.ops.minillm, "experts"):  # a second copy of this module, as exported code is, shares them
         return
     inputs = (
@@ -294,6 +309,27 @@ def _register_operators() -> None:
         return of_x, of_weights, None, None, *(g if p is not None else None for g, p in zip(of_parameters, given)), None
 
     forward.register_autograd(differentiate, setup_context=keep)
+
+    rows = torch.library.custom_op(
+        "minillm::multiply_rows",
+        lambda rows, *others: _multiply_rows(rows.contiguous(), *others),
+        mutates_args=(),
+        schema="(Tensor rows, Tensor matrices, Tensor ends, bool transposed) -> Tensor",
+    )
+    outer = torch.library.custom_op(
+        "minillm::multiply_outer",
+        lambda left, right, ends: _multiply_outer(left.contiguous(), right.contiguous(), ends),
+        mutates_args=(),
+        schema="(Tensor left, Tensor right, Tensor ends) -> Tensor",
+    )
+
+    @rows.register_fake
+    def _(rows, matrices, ends, transposed):
+        return rows.new_empty(rows.shape[0], matrices.shape[1 if transposed else 2])
+
+    @outer.register_fake
+    def _(left, right, ends):
+        return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 
 
 _register_operators()
