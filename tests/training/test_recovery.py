@@ -108,7 +108,7 @@ def test_rolling_back_goes_past_the_batches_since_the_checkpoint(settings, tmp_p
 
     real_build_engine = loop.build_engine
     monkeypatch.setattr(loop, "build_engine", build_engine)
-    fewer = {"faults.spike_deviations": 0.8, "faults.spike_window": 12}  # a few times back; at JITTERY's 79 times
+    fewer = {"faults.spike_deviations": 0.8, "faults.spike_window": 12}  # at JITTERY's own values 79 times back
     rolling = {**settings, **JITTERY, **fewer, "faults.on_loss_spike": "rollback", "faults.max_recoveries": 1000}
     assert train(rolling) == 0
     left_out = json.loads((tmp_path / "r" / "skipped.json").read_text())
