@@ -86,11 +86,14 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(distributed.threads_of_rank())
+        leave_out_inference_ops()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    leave_out_inference_ops()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if device.type == "cuda":  # with its device, NCCL connects now and not in the first collective
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     try:
         deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None)
         yield

@@ -7,6 +7,7 @@ Every number that outlives a step is in TrainState. A batch is a function of (se
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -127,7 +128,7 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
             except RollBack:
                 trainer.close(0)
                 trainer.engine.destroy()
-                continue
+                code = None
             except BaseException as error:
                 lost = None if isinstance(error, UserError) else watch.explain()
                 trainer.close(exit_code=1)
@@ -135,8 +136,20 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
                     print(f"error (rank {distributed.rank()}): {lost}", file=sys.stderr, flush=True)
                     raise SystemExit(HUNG) from error
                 raise
-            trainer.close(code)
-            return code
+            if code is not None:
+                trainer.close(code)
+                return code
+            del trainer  # here, as the frames of the error held it too
+            release_memory()
+
+
+def release_memory() -> None:
+    """Give back what an engine held that nobody needs any more.
+
+    DeepSpeed's objects refer to each other in circles, and the next engine may not fit beside its buffers.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA has not been used
 
 
 class Trainer:

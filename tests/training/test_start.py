@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from minillm.training import loop
+from minillm.training.engine import process_group
 from minillm.training.zero_state import loss_scale_state
 from minillm.utils import determinism
 from minillm.utils.errors import UserError
@@ -83,3 +85,28 @@ def test_an_operation_without_such_a_kernel_is_named_at_the_start(settings, monk
     monkeypatch.setattr(loop, "warm_up_engine", put)
     with pytest.raises(UserError, match="train.deterministic = true: put_ does not.*set train.deterministic=false"):
         train({**settings, "train.deterministic": True})
+
+
+def test_a_gpu_rank_gives_nccl_its_device_and_probes_no_operation(monkeypatch):
+    """As far as the group, on a machine whose GPUs torch is told of."""
+
+    class Reached(Exception):
+        pass
+
+    class Table(dict):
+        def __setitem__(self, name, value):
+            raise AssertionError("DeepSpeed's table of operations was asked for")
+
+    def init_process_group(backend, **options):
+        raise Reached(backend, options["device_id"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", Table())
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Reached) as reached, process_group():
+        pass
+    assert reached.value.args == ("nccl", torch.device("cuda", 2))

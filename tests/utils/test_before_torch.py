@@ -47,3 +47,14 @@ def test_deepspeeds_word_for_the_cpu_hides_the_gpus(entry, tmp_path):
     numbers = {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert seen_by_torch(entry, tmp_path, "CUDA_VISIBLE_DEVICES", **numbers, DS_ACCELERATOR="cpu") == ""
     assert seen_by_torch(entry, tmp_path, "CUDA_VISIBLE_DEVICES", **numbers, DS_ACCELERATOR="cuda") == "0,1"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_cudas_allocator_grows_its_segments(entry, tmp_path):
+    assert seen_by_torch(entry, tmp_path, "PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+
+
+def test_a_users_allocator_stays(tmp_path):
+    own = "max_split_size_mb:128"
+    assert seen_by_torch("pretrain", tmp_path, "PYTORCH_ALLOC_CONF", PYTORCH_ALLOC_CONF=own) == own
+    assert seen_by_torch("pretrain", tmp_path, "PYTORCH_ALLOC_CONF", PYTORCH_CUDA_ALLOC_CONF=own) == "None"
