@@ -201,9 +201,9 @@ def test_activations_grow_with_tokens_and_layers():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory is a GPU's: torch.cuda.max_memory_allocated")
 @pytest.mark.parametrize("stage, checkpointing", [(1, False), (2, False), (2, True), (3, False)])
-def test_peak_memory_is_that_of_a_gpu(stage, checkpointing):
+def test_peak_memory_is_that_of_a_gpu(group, stage, checkpointing):
     """Within 5 %, one GPU, two micro-steps of 8 x 512 tokens through dense-26m."""
-    from minillm.training.engine import build_engine, process_group, run_step
+    from minillm.training.engine import build_engine, run_step
 
     run_values = {
         "train": {"max_steps": 1, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8,
@@ -215,15 +215,14 @@ def test_peak_memory_is_that_of_a_gpu(stage, checkpointing):
     values, problems = resolve_deepspeed_config(given, run, 1, "the test's JSON")
     assert not problems
     setup = Setup(PRESETS["dense-26m"], values, 1, "torch", 1, 16, 512, 8, checkpointing)
-    with process_group():
-        engine = build_engine(MiniLLMForCausalLM(MiniLLMConfig(**PRESETS["dense-26m"])), run, values)
-        ids = torch.randint(0, 6400, (8, 512), device=engine.device)
-        for step in range(3):
-            if step == 2:
-                torch.cuda.reset_peak_memory_stats()
-            run_step(engine, [{"input_ids": ids, "labels": ids}] * 2, num_target_tokens=8192, learning_rate=1e-4)
-        measured = torch.cuda.max_memory_allocated()
-        engine.destroy()
+    engine = build_engine(MiniLLMForCausalLM(MiniLLMConfig(**PRESETS["dense-26m"])), run, values)
+    ids = torch.randint(0, 6400, (8, 512), device=engine.device)
+    for step in range(3):
+        if step == 2:
+            torch.cuda.reset_peak_memory_stats()
+        run_step(engine, [{"input_ids": ids, "labels": ids}] * 2, num_target_tokens=8192, learning_rate=1e-4)
+    measured = torch.cuda.max_memory_allocated()
+    engine.destroy()
     assert memory(setup).allocated == pytest.approx(measured, rel=0.05)
 
 

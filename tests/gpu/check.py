@@ -84,14 +84,13 @@ def steps(work: Path, tiny: bool) -> list[Step]:
         repeatable = ["train.deterministic=true", "checkpoint.every=10", "train.compile=true"]
         return training("pretrain", json_file, runs, name, f"train.max_steps={steps}", *repeatable, *words, *shrink)
 
-    engine = "optimizer steps of the trainer's engine"
-    speed = [
-        Step(f"speed {row}", engine, 240, [python("-m", "tests.gpu.steps", row, *small)], alone=True)
-        for row in (SPEED[:4] if tiny else SPEED)
-    ]
     return [
         Step("machine", "card, driver, versions, two ceilings", 90, [python("-m", "tests.gpu.machine")], True),
-        Step("kernels", "fast paths against fp32 on the CPU", 240, [python("-m", "tests.gpu.fast_paths")]),
+        *[
+            Step(f"kernels {family}", "fast paths against fp32 on the CPU", 240,
+                 [python("-m", "tests.gpu.fast_paths", family)])
+            for family in ("attention", "experts", "compiled-experts", "presets")
+        ],
         Step("resume", "a run broken off and continued, against the straight one, bit for bit", 400, [
             run("straight", 30, "samples.every=30", "samples.prompts=['The function returns']"),
             run("broken", 20), run("broken", 30),
@@ -103,7 +102,8 @@ def steps(work: Path, tiny: bool) -> list[Step]:
             training("pretrain", "zero2_fp16", runs, "fp16", "train.max_steps=6", "train.compile=false", *shrink)]),
         Step("tests", "the repository's tests that need a GPU", 300,
              [python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", *GPU_TESTS.split())]),
-        *speed,
+        Step("speed", "optimizer steps of the trainer's engine", 600,
+             [python("-m", "tests.gpu.steps", *small, *(SPEED[:4] if tiny else SPEED))], alone=True),
         Step("decode", "greedy decoding of dense-171m, batch 1", 150, [python("-m", "tests.gpu.decode", *small)], True),
     ]  # fmt: skip
 
@@ -177,9 +177,9 @@ def result_of(steps: list[Step]) -> dict[str, object]:
     """What --calibrate reads, and more."""
     by_name = {step.name: step for step in steps}
     machine = dict((by_name["machine"].results or [{}])[0]) if "machine" in by_name else {}
-    measured = [result for step in steps if step.name.startswith("speed ") for result in step.results]
+    measured = by_name["speed"].results if "speed" in by_name else []
     others = {step.name: {"outcome": step.outcome, "seconds": round(step.seconds, 1), "results": step.results}
-              for step in steps if not step.name.startswith("speed ") and step.name != "machine"}  # fmt: skip
+              for step in steps if step.name not in ("speed", "machine")}  # fmt: skip
     return {"format": 1, "date": datetime.date.today().isoformat(), **machine, "bus_bytes_per_s": None,
             "steps": measured, "checks": others}  # fmt: skip
 
@@ -202,6 +202,9 @@ def table(steps: list[Step], result: dict[str, object]) -> str:
         head = f"{'optimizer steps':<26}{titles}"
         lines += ["", head]
         for row in result["steps"]:
+            if row["error"]:
+                lines.append(f"{row['name']:<26}{row['error'][:90]}")
+                continue
             peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
             micro = f"{row['micro']} x {row['micro_steps']}"
             lines.append(

@@ -1,12 +1,16 @@
 """Every fast path of a GPU against plain fp32 mathematics on the CPU: outputs and gradients, a line each.
 
+    python -m tests.gpu.fast_paths [FAMILY ...]     (all of them where none is named)
+
 The largest error is relative to the largest entry; presets are compared by loss and by the direction of the gradient.
 Without a GPU the same runs on the CPU, by the paths it has there.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -114,33 +118,44 @@ def check_flash_linear_attention(documents: bool) -> float:
     return max(far(ours, exact), *(far(x.grad, y.grad) for x, y in zip(inputs, wide)))
 
 
-def cases():
+def attention_cases():
+    kernel = "variable-length attention" if attention.packs(DEVICE) else "masked attention"
     for case in ATTENTION:
         heads, shared, width, window, value_width = case
-        kernel = "variable-length attention" if attention.packs(DEVICE) else "masked attention"
-        yield (
-            f"{kernel}: {heads}/{shared} heads of {width}, window {window}, values {value_width}",
-            check_attention,
-            case,
-        )
-    for case in EXPERTS:
-        for compiled in (False, True):
-            kind, count, chosen, hidden, size, idle = case
-            how = "compiled" if compiled else "eager"
-            name = f"experts, {how}: {kind}, {chosen} of {count} ({idle} idle), {hidden} x {size}"
-            yield name, check_experts, (*case, compiled)
-    for name in PRESETS:
-        yield f"preset {name}: loss and gradient's direction in bf16", check_preset, (name,)
+        name = f"{kernel}: {heads}/{shared} heads of {width}, window {window}, values {value_width}"
+        yield name, check_attention, case
     if delta_rule.flash_chunks is not None and DEVICE.type == "cuda":
         for documents in (False, True):
             name = f"flash-linear-attention{' with documents' if documents else ''}"
             yield name, check_flash_linear_attention, (documents,)
 
 
-def main() -> int:
+def expert_cases(compiled: bool):
+    for case in EXPERTS:
+        kind, count, chosen, hidden, size, idle = case
+        how = "compiled" if compiled else "eager"
+        name = f"experts, {how}: {kind}, {chosen} of {count} ({idle} idle), {hidden} x {size}"
+        yield name, check_experts, (*case, compiled)
+
+
+def preset_cases():
+    for name in PRESETS:
+        yield f"preset {name}: loss and gradient's direction in bf16", check_preset, (name,)
+
+
+# A device-side assertion ruins the process it happens in: each may have its own.
+FAMILIES = {
+    "attention": attention_cases,
+    "experts": lambda: expert_cases(False),
+    "compiled-experts": lambda: expert_cases(True),
+    "presets": preset_cases,
+}
+
+
+def main(families: list[str]) -> int:
     wrong = []
     count = 0
-    for name, check, arguments in cases():
+    for name, check, arguments in itertools.chain(*(FAMILIES[family]() for family in families or FAMILIES)):
         torch.manual_seed(0)
         count += 1
         try:
@@ -156,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,20 +1,23 @@
 """Optimizer steps of the real engine on one GPU: speed, MFU and peak memory of a model and a way to train it.
 
-    python -m tests.gpu.steps ROW [--steps N] [--tiny] [--profile FILE]     (--list names the rows)
+    python -m tests.gpu.steps ROW ... [--steps N] [--tiny] [--profile FOLDER]     (--list names the rows)
 
 Contract: the engine is the trainer's own (build_engine, run_step); rows of random tokens, cut into documents of 170
-tokens on average as packed text is. The last line is `RESULT {...}`, in the form that `minillm.plan --calibrate` reads.
+tokens on average as packed text is. A line `RESULT {...}` a row, in the form that `minillm.plan --calibrate` reads;
+rows share a process, since importing takes longer than measuring.
 Without a GPU it needs --tiny, which is for trying the script.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import json
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +97,8 @@ def tiny(fields: dict, row: Row) -> tuple[dict, Row]:
     return fields, Row(**{**vars(row), "micro": 2, "length": 64, "fields": {}})
 
 
-def measure(name: str, steps: int, small: bool, profile: str | None) -> dict[str, object]:
-    """What came out, in the form of the file's header; `error` where it could not be run."""
+def measure(name: str, steps: int, small: bool, profile: Path | None) -> dict[str, object]:
+    """What came out, in the form of the file's header."""
     row = ROWS[name]
     fields = {**PRESETS[row.preset], **row.fields}
     if small:
@@ -134,46 +137,58 @@ def measure(name: str, steps: int, small: bool, profile: str | None) -> dict[str
         "planned_bytes": round(memory(setup).allocated), "loss": round(result.loss, 4), "error": None,
     }  # fmt: skip
     if profile:
-        found |= profiled(lambda: run_step(engine, data, tokens, 1e-4), profile, took)
+        found |= profiled(lambda: run_step(engine, data, tokens, 1e-4), profile / f"profile-{name}.txt", took)
     engine.destroy()
     return found
 
 
-def profiled(step, path: str, seconds: float) -> dict[str, object]:
-    """The kernels of one step, to `path`; how much of the step the GPU works, and what was launched and waited for."""
+def profiled(step, path: Path, seconds: float) -> dict[str, object]:
+    """One step's kernels and calls, to `path`; how much of it the GPU works, and what was launched and waited for."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with record(activities=kinds) as trace:
+    on_gpu = torch.cuda.is_available()
+    with record(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as trace:
         step()
     events = trace.key_averages()
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    Path(path).write_text(events.table(sort_by=key, row_limit=45, max_name_column_width=90))
+    keys = ["self_device_time_total"] * on_gpu + ["self_cpu_time_total"]
+    tables = [events.table(sort_by=key, row_limit=45, max_name_column_width=90) for key in keys]
+    path.write_text("\n".join(tables))
     counts = {event.key: event.count for event in events}
     names = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaLaunchKernel", "cuLaunchKernel", "aten::nonzero")
-    busy = sum(event.self_device_time_total for event in events) / 1e6 / seconds
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(event.self_device_time_total for event in kernels) / 1e6 / seconds
     return {"calls": {name: counts.get(name, 0) for name in names}, "gpu_busy": round(busy, 3)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure optimizer steps on one GPU.")
-    parser.add_argument("row", nargs="?", choices=ROWS)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--profile", metavar="FILE")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    if arguments.list or not arguments.row:
+    if arguments.list or not arguments.rows:
         print("\n".join(f"{name:<26}{row}" for name, row in ROWS.items()))
         return 0
     if not torch.cuda.is_available() and not arguments.tiny:
         print("error: there is no GPU here; --tiny tries the script on the CPU", file=sys.stderr)
         return 2
+    failed = 0
     with process_group():
-        found = measure(arguments.row, arguments.steps, arguments.tiny, arguments.profile)
-    print("RESULT " + json.dumps(found), flush=True)
-    return 0
+        for name in arguments.rows:
+            try:
+                found = measure(name, arguments.steps, arguments.tiny, arguments.profile)
+            except (RuntimeError, ValueError) as problem:  # out of memory, a kernel: the other rows stand
+                traceback.print_exc()
+                found, failed = {"name": name, "error": f"{type(problem).__name__}: {str(problem)[:300]}"}, 1
+            print("RESULT " + json.dumps(found), flush=True)
+            torch.compiler.reset()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return failed
 
 
 if __name__ == "__main__":
