@@ -26,7 +26,9 @@ C tokens of a chunk, n chunks, p chunks of a part, M = B K.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -94,7 +96,7 @@ def chunked_gated_delta_rule(
             in the form that flash-linear-attention takes. With it the last state is None where that kernel runs.
         chunk_size: tokens in a chunk; a row need not fill its last one.
     """
-    if flash_chunks is not None and v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and _has_flash_kernel(v.device):
         if segments is None:
             return flash_gated_delta_rule(q, k, v, g, beta, initial_state)
         if borders is not None and initial_state is None:
@@ -119,6 +121,18 @@ def _flash_kernel() -> Callable | None:
 
 
 flash_chunks = _flash_kernel()
+
+
+@torch.compiler.assume_constant_result
+def _has_flash_kernel(device: torch.device) -> bool:
+    """Whether flash-linear-attention is there and right: on Hopper its backward pass is wrong with Triton 3.4 to 3.7.0,
+    and raises (its issue 640), unless tilelang stands in."""
+    if flash_chunks is None:
+        return False
+    if torch.cuda.get_device_capability(device)[0] != 9 or importlib.util.find_spec("tilelang") is not None:
+        return True
+    release = tuple(int(part) for part in re.findall(r"\d+", importlib.import_module("triton").__version__)[:3])
+    return not (3, 4) <= release < (3, 7, 1)
 
 
 def flash_gated_delta_rule(

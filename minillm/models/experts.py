@@ -152,15 +152,17 @@ def _can_group(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or all(p.data_ptr() % 16 == 0 for p in parameters)
 
 
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """[R], where each row went: the inverse of a permutation, without another sort."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+
 def _multiply_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
     return F.grouped_mm(rows, matrices.transpose(1, 2) if transposed else matrices, offs=ends)
 
 
 def _multiply_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    products = F.grouped_mm(left.t(), right, offs=ends)
-    # An expert without rows is left unwritten on some devices (pytorch issue 172439).
-    idle = ends == F.pad(ends[:-1], (1, 0))
-    return products.masked_fill_(idle[:, None, None], 0.0)
+    return F.grouped_mm(left.t(), right, offs=ends)
 
 
 def _grouped_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -172,7 +174,10 @@ def _grouped_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor
 def _grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """[R, N], [R, M] -> [E, N, M], the sum of outer products of each expert's rows."""
     call = torch.ops.minillm.multiply_outer if torch.compiler.is_compiling() else _multiply_outer
-    return call(left, right, ends)
+    products = call(left, right, ends)
+    # An expert without rows is left unwritten on some devices (pytorch issue 172439).
+    idle = ends == F.pad(ends[:-1], (1, 0))
+    return products.masked_fill_(idle[:, None, None], 0.0)
 
 
 def _grouped_sum(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -196,12 +201,12 @@ def _grouped_forward(x, weights, order, ends, up, up_bias, down, down_bias, inne
     out = _grouped_rows(activate(z).mul_(weight), down, ends, True)
     if down_bias is not None:
         out += weight * _rows_of(down_bias, ends, count)
-    return out.index_select(0, order.argsort()).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype), z
+    return out.index_select(0, _inverse(order)).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype), z
 
 
 def _grouped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, down_bias, inner):
     activate, activate_backward = _INNER[inner]
-    top_k, inverse = weights.shape[1], order.argsort()
+    top_k, inverse = weights.shape[1], _inverse(order)
     tokens, weight = order // top_k, weights.flatten()[order, None]
     of_y, activation = gradient.index_select(0, tokens), activate(z)
     of_activation = _grouped_rows(of_y, down, ends, False)
@@ -265,6 +270,10 @@ def _experts_backward(
     return path(gradient.contiguous(), x, weights, order, ends, z, up, up_bias, down, down_bias, inner)
 
 
+_ALL = "CompositeExplicitAutograd"  # every device; gradients are _ApplyExperts' own
+_LIBRARIES: list[torch.library.Library] = []  # what is registered goes with its object
+
+
 def _register_operators() -> None:
     """What the compiler does not look into, as torch.ops.minillm.*: `experts` and `experts_backward`, since the loop
     depends on how many rows each expert has; and the grouped products alone, around which it fuses, since their kernel
@@ -310,24 +319,19 @@ def _register_operators() -> None:
 
     forward.register_autograd(differentiate, setup_context=keep)
 
-    rows = torch.library.custom_op(
-        "minillm::multiply_rows",
-        lambda rows, *others: _multiply_rows(rows.contiguous(), *others),
-        mutates_args=(),
-        schema="(Tensor rows, Tensor matrices, Tensor ends, bool transposed) -> Tensor",
-    )
-    outer = torch.library.custom_op(
-        "minillm::multiply_outer",
-        lambda left, right, ends: _multiply_outer(left.contiguous(), right.contiguous(), ends),
-        mutates_args=(),
-        schema="(Tensor left, Tensor right, Tensor ends) -> Tensor",
-    )
+    # Without custom_op's checks, which take longer than a small product: 50 microseconds a call.
+    library = torch.library.Library("minillm", "FRAGMENT")  # noqa: TOR901 - lives as long as the process
+    library.define("multiply_rows(Tensor rows, Tensor matrices, Tensor ends, bool transposed) -> Tensor")
+    library.define("multiply_outer(Tensor left, Tensor right, Tensor ends) -> Tensor")
+    library.impl("multiply_rows", lambda rows, *others: _multiply_rows(rows.contiguous(), *others), _ALL)
+    library.impl("multiply_outer", lambda a, b, ends: _multiply_outer(a.contiguous(), b.contiguous(), ends), _ALL)
+    _LIBRARIES.append(library)
 
-    @rows.register_fake
+    @torch.library.register_fake("minillm::multiply_rows")
     def _(rows, matrices, ends, transposed):
         return rows.new_empty(rows.shape[0], matrices.shape[1 if transposed else 2])
 
-    @outer.register_fake
+    @torch.library.register_fake("minillm::multiply_outer")
     def _(left, right, ends):
         return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 

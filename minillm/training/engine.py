@@ -24,6 +24,7 @@ from minillm.compat.deepspeed_api import (
     base_optimizer,
     count_micro_step,
     dynamic_loss_scaler,
+    find_overflow_by_the_norm,
     forget_expert_parallel_groups,
     gradient_overflowed,
     leave_out_inference_ops,
@@ -138,6 +139,7 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, run.optim), config=deepspeed_config, dist_init_required=False
     )
+    find_overflow_by_the_norm(engine)
     if run.train.compile:
         # Not engine.compile(), which makes one graph of the model: all its gradients come at the end of backward, when
         # nothing is left to overlap their reduction with.
