@@ -112,6 +112,12 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     bases = distributed.gather_objects(str(data.base))
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
+    micro_batches = distributed.gather_objects(run.train.train_micro_batch_size_per_gpu)
+    if len(set(micro_batches)) > 1:
+        raise UserError(
+            f"train.train_micro_batch_size_per_gpu = auto: the ranks' GPUs hold different numbers of sequences, "
+            f"{micro_batches}; set it to {min(micro_batches)}"
+        )
     config = resolve_model_config(run, data)
     with (
         deterministic_kernels(run.train.deterministic),
