@@ -288,21 +288,23 @@ class Trainer:
         self.meter.start_step()
         self.watch.at(f"step {self.state.step + 1}, loading its batch")
         self.batch = self.loader.batch_at(self.skipped.batch_of(self.state.step))
-        tokens, bad = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
         doubt = self.threads.doubt(self.state.step, self.meter.recent_seconds)
-        number, failed, doubted = distributed.reduce_max([stop.number, self.writer.has_failed, doubt])
-        self.threads.begin_step(self.state.step, bool(doubted))
-        if failed:
+        # One collective: on a GPU the loop waits for each.
+        tokens, bad, signals, failed, doubted = distributed.gather_numbers(
+            [self.batch.num_target_tokens, self.batch.num_bad_rows, stop.number, self.writer.has_failed, doubt]
+        )
+        self.threads.begin_step(self.state.step, any(doubted))
+        if any(failed):
             self.writer.wait()
-        self.num_target_tokens = int(tokens)
-        self.state.bad_rows += int(bad)
+        self.num_target_tokens = int(sum(tokens))
+        self.state.bad_rows += int(sum(bad))
         if self.state.bad_rows > self.config.data.max_bad_samples:
             raise UserError(
                 f"step {self.state.step + 1}: {self.state.bad_rows} unreadable sequences so far, "
                 f"data.max_bad_samples = {self.config.data.max_bad_samples}; the warnings name the shards. Repair them "
                 f"(python -m data_tools.shards verify), or raise the limit"
             )
-        return int(number)
+        return int(max(signals))
 
     def step(self) -> bool:
         """Forward, backward and update over the global batch; False where it was left out."""
