@@ -52,7 +52,6 @@ from minillm.training.engine import warm_up as warm_up_engine
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
 from minillm.training.moe_backends import resolve_moe_backend
 from minillm.training.optim import learning_rate_at
-from minillm.training.plots import draw_experts, draw_loss
 from minillm.training.recovery import RollBack, SkippedBatches, record_event, spike_threshold
 from minillm.training.signals import StopRequest
 from minillm.training.state import TrainState
@@ -476,9 +475,11 @@ class Trainer:
         """plots/loss.png, and plots/experts.png where there are experts, of what has been logged."""
         if distributed.rank() != 0:
             return
+        from minillm.training import plots  # here, on the rank that draws: importing matplotlib takes time
+
         run_dir = self.config.run_dir
         try:
-            pictures = draw_loss(run_dir, self.state.first_val_loss), draw_experts(run_dir)
+            pictures = plots.draw_loss(run_dir, self.state.first_val_loss), plots.draw_experts(run_dir)
         except (OSError, ValueError) as error:  # the run itself is whole, and saved
             warn(f"no picture could be written to {run_dir / 'plots'}: {error}")
             return
