@@ -31,6 +31,7 @@ from minillm.training.planned_states import Zero, parameter_groups, states  # no
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
 from minillm.utils import commands  # noqa: E402
 from minillm.utils.before_torch import prepare_environment  # noqa: E402
+from minillm.utils.gpus import smallest_gpu_memory  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 from minillm.utils.places import configs_dir  # noqa: E402
 
@@ -74,6 +75,7 @@ def main(stage: str, description: str, default_config: str) -> int:
             return 0
         check_places(run, reads=not uses_builtin_data(run))
         prepare_builtin_data(run)
+        say(f"batch: {describe_batch(run, deepspeed_config, ranks(arguments))}")
         from minillm.training.loop import train  # after the checks: torch and DeepSpeed take seconds to import
 
         return train(run, deepspeed_config)
@@ -92,6 +94,7 @@ def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]
         stage=stage,
         world_size=ranks(arguments),
         configs_dir=configs_dir(),
+        gpu_memory=smallest_gpu_memory,
     )
     if run.data.train is None:
         train, validation = BUILTIN_SHARDS[stage]
@@ -121,18 +124,24 @@ def print_plan(run: RunConfig, deepspeed_config: dict, world_size: int) -> None:
     if not is_main_process():
         return
     stage = zero_stage(deepspeed_config)
-    accumulation = deepspeed_config["gradient_accumulation_steps"]
     length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.num_epochs:g} epochs"
     rows = {
         "run": f"{run.run_name} ({run.stage}) in {run.run_dir}, {length}",
         **describe_model(run, deepspeed_config, world_size),
-        "batch": f"{run.train.train_batch_size} sequences of {run.data.seq_len} = "
-        f"{run.train.train_micro_batch_size_per_gpu} x {accumulation} micro-steps x {world_size} rank(s)",
+        "batch": describe_batch(run, deepspeed_config, world_size),
         "DeepSpeed": f"ZeRO-{stage}, {precision(deepspeed_config)}",
         "data": f"{run.data.train} | {run.data.validation}",
     }
     for name, value in rows.items():
         print(f"{name:14s} {value}")
+
+
+def describe_batch(run: RunConfig, deepspeed_config: dict, world_size: int) -> str:
+    """How a step's sequences are split, which says what an `auto` micro-batch became."""
+    return (
+        f"{run.train.train_batch_size} sequences of {run.data.seq_len} = {run.train.train_micro_batch_size_per_gpu} x "
+        f"{deepspeed_config['gradient_accumulation_steps']} micro-steps x {world_size} rank(s)"
+    )
 
 
 def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from minillm.presets import PRESETS
 from minillm.utils.errors import UserError, nearest
 from minillm.utils.places import find_named
 
-AUTO_MICRO_BATCH = 8
+AUTO_MICRO_BATCH = 8  # the most that `auto` is where no GPU is known to hold more
 # What may differ from the weights a run starts with: the way positions are turned, which has no parameters.
 CONTEXT_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -68,7 +68,9 @@ class TrainSection(Section):
     num_epochs: float | None = Field(None, gt=0, description="passes over data.train; or give train.max_steps")
     train_batch_size: int = Field(32, ge=1, description="sequences of one optimizer step over all ranks together")
     train_micro_batch_size_per_gpu: int | Literal["auto"] = Field(
-        "auto", description=f"sequences of one forward pass; auto: the most that divide, up to {AUTO_MICRO_BATCH}"
+        "auto",
+        description=f"sequences of one forward pass; auto: the most that divide, up to {AUTO_MICRO_BATCH}, on a GPU up "
+        "to 64, as many as it holds by plan",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile the model (about a minute at the start)")

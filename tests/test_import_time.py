@@ -39,3 +39,7 @@ def test_help_imports_nothing_heavy(module):
     modules = modules_after(code)
     assert not {name.split(".")[0] for name in modules} & HEAVY
     assert len(modules) < 100
+
+
+def test_a_rank_starts_without_what_draws_pictures():
+    assert "matplotlib" not in modules_after("import minillm.training.loop")

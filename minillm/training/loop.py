@@ -52,7 +52,6 @@ from minillm.training.engine import warm_up as warm_up_engine
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
 from minillm.training.moe_backends import resolve_moe_backend
 from minillm.training.optim import learning_rate_at
-from minillm.training.plots import draw_experts, draw_loss
 from minillm.training.recovery import RollBack, SkippedBatches, record_event, spike_threshold
 from minillm.training.signals import StopRequest
 from minillm.training.state import TrainState
@@ -112,6 +111,12 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     bases = distributed.gather_objects(str(data.base))
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
+    micro_batches = distributed.gather_objects(run.train.train_micro_batch_size_per_gpu)
+    if len(set(micro_batches)) > 1:
+        raise UserError(
+            f"train.train_micro_batch_size_per_gpu = auto: the ranks' GPUs hold different numbers of sequences, "
+            f"{micro_batches}; set it to {min(micro_batches)}"
+        )
     config = resolve_model_config(run, data)
     with (
         deterministic_kernels(run.train.deterministic),
@@ -282,21 +287,23 @@ class Trainer:
         self.meter.start_step()
         self.watch.at(f"step {self.state.step + 1}, loading its batch")
         self.batch = self.loader.batch_at(self.skipped.batch_of(self.state.step))
-        tokens, bad = distributed.reduce_sum([self.batch.num_target_tokens, self.batch.num_bad_rows])
         doubt = self.threads.doubt(self.state.step, self.meter.recent_seconds)
-        number, failed, doubted = distributed.reduce_max([stop.number, self.writer.has_failed, doubt])
-        self.threads.begin_step(self.state.step, bool(doubted))
-        if failed:
+        # One collective: on a GPU the loop waits for each.
+        tokens, bad, signals, failed, doubted = distributed.gather_numbers(
+            [self.batch.num_target_tokens, self.batch.num_bad_rows, stop.number, self.writer.has_failed, doubt]
+        )
+        self.threads.begin_step(self.state.step, any(doubted))
+        if any(failed):
             self.writer.wait()
-        self.num_target_tokens = int(tokens)
-        self.state.bad_rows += int(bad)
+        self.num_target_tokens = int(sum(tokens))
+        self.state.bad_rows += int(sum(bad))
         if self.state.bad_rows > self.config.data.max_bad_samples:
             raise UserError(
                 f"step {self.state.step + 1}: {self.state.bad_rows} unreadable sequences so far, "
                 f"data.max_bad_samples = {self.config.data.max_bad_samples}; the warnings name the shards. Repair them "
                 f"(python -m data_tools.shards verify), or raise the limit"
             )
-        return int(number)
+        return int(max(signals))
 
     def step(self) -> bool:
         """Forward, backward and update over the global batch; False where it was left out."""
@@ -468,9 +475,11 @@ class Trainer:
         """plots/loss.png, and plots/experts.png where there are experts, of what has been logged."""
         if distributed.rank() != 0:
             return
+        from minillm.training import plots  # here, on the rank that draws: importing matplotlib takes time
+
         run_dir = self.config.run_dir
         try:
-            pictures = draw_loss(run_dir, self.state.first_val_loss), draw_experts(run_dir)
+            pictures = plots.draw_loss(run_dir, self.state.first_val_loss), plots.draw_experts(run_dir)
         except (OSError, ValueError) as error:  # the run itself is whole, and saved
             warn(f"no picture could be written to {run_dir / 'plots'}: {error}")
             return

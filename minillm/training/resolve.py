@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,61 @@ from minillm.interop.load import newest_run_checkpoint, resolve_model_folder
 from minillm.presets import PRESETS
 from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
 from minillm.training.moe_backends import resolve_moe_backend
+from minillm.training.planning import Setup, largest_micro_batch
 from minillm.utils.errors import UserError
 from minillm.utils.files import read_json
 
+MOST_ROWS = 64  # more sequences at a time fill a GPU no better
+FILLED = 0.9
+
 
 def resolve_run(
-    config: str, overrides: list[str], json_file: str, *, stage: str, world_size: int, configs_dir: Path
+    config: str,
+    overrides: list[str],
+    json_file: str,
+    *,
+    stage: str,
+    world_size: int,
+    configs_dir: Path,
+    gpu_memory: Callable[[], int | None] = lambda: None,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """The run's configuration and DeepSpeed's.
+
+    Args:
+        gpu_memory: bytes of a GPU, asked where the micro-batch is `auto`; None: up to AUTO_MICRO_BATCH sequences.
 
     Raises:
         UserError: all problems of both.
     """
     run, problems = load_run_config(config, overrides, stage=stage, configs_dir=configs_dir)
     values = read_deepspeed_json(json_file)
+    owned = [values.get(key, "auto") for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    is_auto = [run.train.train_micro_batch_size_per_gpu, *owned] == ["auto"] * 3
     resolved, more = resolve_deepspeed_config(values, run, world_size, json_file)
     if not problems + more:
         fields, _ = model_fields(run)
         if fields is not None:  # else the training process settles it, when the weights are there
             more += resolve_moe_backend(run, fields, resolved, world_size)
     raise_problems(problems + more, f"{config} with {json_file} on {world_size} rank(s)")
+    if is_auto and fields is not None and (capacity := gpu_memory()) is not None:
+        fill_gpu(run, fields, resolved, world_size, capacity)
     return run, resolved
+
+
+def fill_gpu(run: RunConfig, fields: dict, resolved: dict[str, Any], world_size: int, capacity: int) -> None:
+    """Set the largest micro-batch that a GPU holds by plan, up to MOST_ROWS sequences, in both configurations.
+
+    The batches stay the same; a GPU that is given few sequences at a time waits for its launches.
+
+    Args:
+        resolved: DeepSpeed's configuration, with a micro-batch that divides.
+        capacity: of one GPU, bytes; a tenth is left to what the plan does not know.
+    """
+    setup = Setup.of(run, fields, resolved, world_size)
+    most = min(MOST_ROWS, largest_micro_batch(setup, FILLED * capacity))
+    micro = max((m for m in range(1, most + 1) if setup.batch % (m * world_size) == 0), default=1)
+    run.train.train_micro_batch_size_per_gpu = resolved["train_micro_batch_size_per_gpu"] = micro
+    resolved["gradient_accumulation_steps"] = setup.batch // (micro * world_size)
 
 
 def check_places(run: RunConfig, reads: bool = True) -> None:

@@ -93,6 +93,16 @@ def reduce_max(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def gather_numbers(values: list[float]) -> list[tuple[float, ...]]:
+    """For each of `values` what the ranks have there, in rank order, in float64; one collective, on every rank."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=default_device())
+    box = [tensor]
+    if dist.is_initialized():
+        box = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(box, tensor)
+    return list(zip(*torch.stack(box).tolist(), strict=True))
+
+
 def broadcast_object(value: object) -> object:
     """Rank 0's value, on every rank."""
     box = [value]

@@ -88,7 +88,7 @@ LOGGING = Place("inside metrics.jsonl, half a line written", "minillm.training.t
                 r"metrics\.jsonl", 6)  # fmt: skip
 VALIDATING = Place("in a validation", "minillm.training.validation:_sums", nth=2)
 CONCLUDING = Place("after the last save", f"{LOOP}:Trainer.conclude")
-DRAWING = Place("drawing the pictures at the end", f"{LOOP}:draw_loss")
+DRAWING = Place("drawing the pictures at the end", "minillm.training.plots:draw_loss")
 
 # The data.
 TOKENIZING = Place("a tokenizing process, at its work", f"{DATA}.compile:_encode_unit", rank=None)

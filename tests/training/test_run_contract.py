@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from data_tools.shards import build_shards
@@ -27,6 +28,24 @@ pytestmark = pytest.mark.usefixtures("group")
 
 class NoSignal:
     number = 0
+
+
+def test_the_ranks_agree_on_a_step_in_one_collective(settings, monkeypatch):
+    found = []
+
+    def counted(name):
+        collective = getattr(dist, name)
+        return lambda *args, **kwargs: found.append(name) or collective(*args, **kwargs)
+
+    trainer = built_trainer({**settings, "run_name": "counted"})
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list", "barrier"):
+        monkeypatch.setattr(dist, name, counted(name))
+    assert trainer.begin_step(NoSignal) == 0
+    trainer.close(0)
+    assert found == ["all_gather"]
+    assert trainer.num_target_tokens == sum(
+        int((batch["shift_labels"] != -100).sum()) for batch in trainer.batch.micro_batches
+    )
 
 
 def test_run_folder_and_metrics(settings, tmp_path):

@@ -12,7 +12,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from minillm.training import loop
 from minillm.training.engine import process_group
 from minillm.training.zero_state import loss_scale_state
-from minillm.utils import determinism
+from minillm.utils import determinism, distributed
 from minillm.utils.errors import UserError
 from tests.launching import ROOT
 from tests.training.in_process import built_trainer, train
@@ -110,3 +110,13 @@ def test_a_gpu_rank_gives_nccl_its_device_and_probes_no_operation(monkeypatch):
     with pytest.raises(Reached) as reached, process_group():
         pass
     assert reached.value.args == ("nccl", torch.device("cuda", 2))
+
+
+@pytest.mark.usefixtures("group")
+def test_ranks_whose_gpus_hold_different_micro_batches_are_told(settings, tmp_path, monkeypatch):
+    """What the other ranks chose is planted; one rank agrees with itself."""
+    gather = distributed.gather_objects
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, 64] if own == 4 else gather(own))
+    with pytest.raises(UserError, match=r"train_micro_batch_size_per_gpu = auto.*\[4, 64\]; set it to 4"):
+        train(settings)
+    assert not (tmp_path / "r").exists()

@@ -37,7 +37,7 @@ def test_a_gpu_for_each_rank(rank_three):
 @pytest.mark.parametrize("num_gpus", [1, 3])
 def test_more_ranks_than_gpus_are_refused_by_name(rank_three, num_gpus):
     rank_three(num_gpus)
-    message = rf"rank 11 is number 3 .* sees {num_gpus} GPU.*--num_gpus {num_gpus}.*DS_ACCELERATOR=cpu"
+    message = rf"is number 3 .* sees {num_gpus} GPU.*--num_gpus {num_gpus}.*DS_ACCELERATOR=cpu"
     with pytest.raises(UserError, match=message), process_group():
         pass
 
@@ -64,3 +64,8 @@ def test_a_task_that_slurm_gave_a_gpu_of_its_own_takes_it(rank_three, variables)
 def test_a_task_that_sees_all_gpus_of_its_node_takes_its_own(rank_three):
     rank_three(8, SLURM_LOCALID="3", SLURM_TRES_PER_TASK="cpu=4")
     assert distributed.check_device() == torch.device("cuda", 3)
+
+
+def test_numbers_of_all_ranks_are_exact():
+    counts = [2**53 - 1, 0, -1]
+    assert distributed.gather_numbers(counts) == [(count,) for count in counts]
