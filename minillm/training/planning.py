@@ -245,7 +245,7 @@ def cost(days: float, gpus: int, price_per_gpu_hour: float) -> float:
 def assumptions(device: Device, mfu: float) -> list[str]:
     """What the numbers rest on that is not derived, a sentence each."""
     return [
-        f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.fp32_flops / 1e12:g} in "
+        f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.flops['fp32'] / 1e12:g} in "
         f"fp32 (datasheet), of which products reach {mfu:.0%} (nanochat d12 on one RTX 3090: 45 %; --mfu)",
         f"all-reduce among the cards at {device.bus / 1e9:g} GB/s of bus bandwidth ({device.link}; preflight measures "
         f"it, --bandwidth sets it), beside {device.overlap:.0%} of the arithmetic where overlap_comm is on (--overlap)",
