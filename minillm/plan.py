@@ -99,7 +99,7 @@ def memory_table(rows: list[Row]) -> list[str]:
     lines = [f"{head}{'peak':>7}{'largest':>9}{'host':>7}"]
     for row in rows:
         m = row.memory
-        parts = [getattr(m, part) for part in MEMORY_PARTS] + [m.fragmentation + m.context]
+        parts = [getattr(m, part) for part in MEMORY_PARTS] + [m.fragmentation + m.context + m.workspace]
         line = f"{row.name[:13]:14}{row.experts:13}{row.setup.micro:>6}" + "".join(f"{x / GIB:>8.2f}" for x in parts)
         lines.append(f"{line}{m.total / GIB:>7.2f}{row.largest or 'none':>9}{m.host / GIB:>7.2f}")
     return lines

@@ -214,6 +214,8 @@ def test_peak_memory_is_that_of_a_gpu(stage, checkpointing):
     values, problems = resolve_deepspeed_config(given, run, 1, "the test's JSON")
     assert not problems
     setup = Setup(PRESETS["dense-26m"], values, 1, "torch", 1, 16, 512, 8, checkpointing)
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    setup = replace(setup, workspace=DEVICES["h100" if hopper else "rtx3090"].workspace)
     with process_group():
         engine = build_engine(MiniLLMForCausalLM(MiniLLMConfig(**PRESETS["dense-26m"])), run, values)
         ids = torch.randint(0, 6400, (8, 512), device=engine.device)
@@ -224,6 +226,15 @@ def test_peak_memory_is_that_of_a_gpu(stage, checkpointing):
         measured = torch.cuda.max_memory_allocated()
         engine.destroy()
     assert memory(setup).allocated == pytest.approx(measured, rel=0.05)
+
+
+def test_what_cublas_holds_is_part_of_the_peak():
+    """Two handles: 8,519,680 bytes each (what torch.cuda.memory_allocated shows after a first product: pytorch issue
+    95668), on Hopper 32 MiB (pytorch pull request 89027)."""
+    setup = setup_of("dense-26m", "zero1")
+    other, hopper = (memory(replace(setup, workspace=DEVICES[name].workspace)).allocated for name in ("a100", "h100"))
+    assert memory(replace(setup, workspace=0)).allocated + 2 * 8_519_680 == other
+    assert hopper - other == 2 * (32 * 2**20 - 8_519_680)
 
 
 # ---- traffic, speed, choice

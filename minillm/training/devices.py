@@ -54,6 +54,11 @@ class Device(NamedTuple):
         memory_bandwidth: of the card's own memory, bytes/s.
         bus: bytes/s of an all-reduce's bus bandwidth (NCCL's busbw) between the cards of a node.
         link: what the bus is.
+        network: bytes/s of bus bandwidth between nodes: of each card's own rail, or where `shared` of the
+            one network card that all cards of a node share.
+        fabric: what the network is.
+        workspace: bytes that cuBLAS takes for each of its handles through PyTorch's allocator (8320 KiB, on compute
+            capability 9 32 MiB: pytorch/pytorch pull request 89027).
         overlap: the part of the arithmetic's time in which traffic runs beside it. Without peer-to-peer none is
             assumed: there NCCL copies through main memory by kernels of its own, and eight RTX 3090 trained
             TinyLlama-1.1B at 55 % of eight times one (whyNLP/tinyllama).
@@ -65,16 +70,28 @@ class Device(NamedTuple):
     bus: float
     link: str
     overlap: float
+    network: float
+    fabric: str
+    shared: bool = False
+    workspace: int = 8_519_680
+
+    def node_network(self, gpus_per_node: int) -> float:
+        """Bytes/s that leave a node."""
+        return self.network if self.shared else self.network * gpus_per_node
 
 
-_PCIE = "PCIe 4 x16, no peer-to-peer"
+_REACHED = 0.9  # of a network's line rate, by NCCL
+_ETHERNET = (_REACHED * 25e9 / 8, "25 Gbit/s Ethernet a node", True)
+_HDR = (_REACHED * 200e9 / 8, "200 Gbit/s InfiniBand a card")
+_NDR = (_REACHED * 400e9 / 8, "400 Gbit/s InfiniBand a card")
+_PCIE, _PEER = "PCIe 4 x16, no peer-to-peer", "PCIe 4 x16, peer-to-peer"
 DEVICES = {
-    "rtx3090": Device("RTX 3090", DATASHEET["RTX 3090"], 936e9, 12e9, _PCIE, 0.0),
-    "rtx4090": Device("RTX 4090", DATASHEET["RTX 4090"], 1008e9, 12e9, _PCIE, 0.0),
-    "rtx5090": Device("RTX 5090", DATASHEET["RTX 5090"], 1792e9, 24e9, "PCIe 5 x16, no peer-to-peer", 0.0),
-    "a6000": Device("A6000", DATASHEET["A6000"], 768e9, 20e9, "PCIe 4 x16, peer-to-peer", 0.5),
-    "l40s": Device("L40S", DATASHEET["L40S"], 864e9, 20e9, "PCIe 4 x16, peer-to-peer", 0.5),
-    "a100": Device("A100", DATASHEET["A100"], 2039e9, 230e9, "NVLink 3", 0.8),
-    "h100": Device("H100", DATASHEET["H100"], 3350e9, 370e9, "NVLink 4", 0.8),
-    "h200": Device("H200", DATASHEET["H200"], 4800e9, 370e9, "NVLink 4", 0.8),
+    "rtx3090": Device("RTX 3090", DATASHEET["RTX 3090"], 936e9, 12e9, _PCIE, 0.0, *_ETHERNET),
+    "rtx4090": Device("RTX 4090", DATASHEET["RTX 4090"], 1008e9, 12e9, _PCIE, 0.0, *_ETHERNET),
+    "rtx5090": Device("RTX 5090", DATASHEET["RTX 5090"], 1792e9, 24e9, "PCIe 5 x16, no peer-to-peer", 0.0, *_ETHERNET),
+    "a6000": Device("A6000", DATASHEET["A6000"], 768e9, 20e9, _PEER, 0.5, *_ETHERNET),
+    "l40s": Device("L40S", DATASHEET["L40S"], 864e9, 20e9, _PEER, 0.5, *_ETHERNET),
+    "a100": Device("A100", DATASHEET["A100"], 2039e9, 230e9, "NVLink 3", 0.8, *_HDR),
+    "h100": Device("H100", DATASHEET["H100"], 3350e9, 370e9, "NVLink 4", 0.8, *_NDR, workspace=1 << 25),
+    "h200": Device("H200", DATASHEET["H200"], 4800e9, 370e9, "NVLink 4", 0.8, *_NDR, workspace=1 << 25),
 }
