@@ -30,11 +30,11 @@ from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E40
 from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
 from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
 from minillm.utils import commands  # noqa: E402
+from minillm.utils.before_torch import prepare_environment  # noqa: E402
 from minillm.utils.logging import is_main_process, say  # noqa: E402
 from minillm.utils.places import configs_dir  # noqa: E402
-from minillm.utils.threads import set_wait_policy  # noqa: E402
 
-set_wait_policy()
+prepare_environment()
 
 BUILTIN_ROOT = Path("data/python-docs")
 BUILTIN_SHARDS = {"pretrain": ("train", "validation"), "sft": ("instructions-train", "instructions-validation")}

@@ -4,8 +4,13 @@
 # Uses the active virtual or conda environment, else makes .venv (of PYTHON, default python3). Installs the versions of
 # launch/constraints.txt, once, and again when setup.py, the constraints or the mode changes.
 #   MINILLM_NEWEST=1       the newest versions that setup.py admits instead
+#   MINILLM_NO_INSTALL=1   takes the python on PATH as it is and installs nothing: a container, a machine without network
 #   MINILLM_TORCH_INDEX    an extra package index for torch (empty: none); default: see launch/torch_index.py
 
+if [ "${MINILLM_NO_INSTALL:-}" = 1 ]; then
+    export PYTHONPATH="$(pwd)${PYTHONPATH:+:$PYTHONPATH}"
+    return
+fi
 _stop() { printf '%s\n' "error: $1" >&2; exit 2; }
 
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then

@@ -72,6 +72,9 @@ class TrainSection(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile the model (about a minute at the start)")
+    deterministic: bool = Field(
+        False, description="on CUDA take kernels that repeat to the last bit, slower ones; CPUs always do"
+    )
 
 
 class DataSource(Section):

@@ -12,9 +12,9 @@ import sys
 import time
 
 from minillm.compat.versions import TRAINING, check_environment
+from minillm.utils.before_torch import prepare_environment
 from minillm.utils.commands import command_name
 from minillm.utils.errors import exit_on_user_error
-from minillm.utils.threads import set_wait_policy
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    set_wait_policy()
+    prepare_environment()
     with exit_on_user_error():
         check_environment(TRAINING)
     import torch
@@ -52,7 +52,7 @@ def main() -> int:
     if arguments.list:
         print(*chosen(ranks), sep="\n")
         return 0
-    with process_group():
+    with exit_on_user_error(), process_group():
         return compare(chosen(int(os.environ["WORLD_SIZE"])))
 
 

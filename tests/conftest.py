@@ -27,9 +27,15 @@ def tiny_data(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_data) -> dict[str, object]:
-    """Everything a tiny pretraining run needs on its command line but run_root and run_name."""
+    """Everything a tiny pretraining run needs on its command line but run_root and run_name.
+
+    On a GPU with the kernels that repeat: many tests compare bits.
+    """
+    import torch  # here, since tests of the tools need none
+
+    deterministic = {"train.deterministic": True} if torch.cuda.is_available() else {}
     data = {key: value for key, value in tiny_data.items() if key.startswith("data.")}
-    return {**TINY_MODEL, **TINY_RUN, **data}
+    return {**TINY_MODEL, **TINY_RUN, **deterministic, **data}
 
 
 @pytest.fixture(scope="session")

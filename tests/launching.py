@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,31 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 420
 
 
-def environment() -> dict[str, str]:
-    """This process's environment without a launcher's, and with the repository importable."""
+def environment(ranks: int = 1) -> dict[str, str]:
+    """This process's environment without a launcher's, and with the repository importable.
+
+    Args:
+        ranks: that are started with it on this machine: on its CPUs, where it has GPUs and not enough of them.
+    """
     left = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**left, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return {**left, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", **on_cpus(ranks)}
+
+
+def on_cpus(ranks: int) -> dict[str, str]:
+    """What hides this machine's GPUs from so many ranks, where there are fewer."""
+    if ranks < 2:
+        return {}
+    import torch  # here, since processes that tests of the tools start need no torch
+
+    # The second for DeepSpeed's launcher, which overwrites the first.
+    return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if 0 < torch.cuda.device_count() < ranks else {}
+
+
+def ranks_of(words_of_command: list[str]) -> int:
+    """How many ranks a command line asks its launcher for."""
+    line = " ".join(words_of_command)
+    asked = re.search(r"--(?:num_gpus|nproc_per_node|ranks)[= ](\d+)", line)
+    return int(asked.group(1)) if asked else 1
 
 
 def words(settings: dict[str, object]) -> list[str]:
@@ -45,8 +67,9 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run to the end; on an unexpected exit code show the output."""
     done = subprocess.run(
-        words_of_command, cwd=cwd or ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+        words_of_command, cwd=cwd or ROOT, env=environment(ranks_of(words_of_command)), capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
     if check and done.returncode:
         raise AssertionError(f"{' '.join(words_of_command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -56,8 +79,9 @@ def run_until(words_of_command: list[str], condition, cwd: Path, number: int, to
     """Start a command, send it (or its whole process group) a signal once `condition()` holds, return its exit code."""
     log = open(cwd / "killed.log", "w")  # noqa: SIM115
     process = subprocess.Popen(
-        words_of_command, cwd=cwd, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+        words_of_command, cwd=cwd, env=environment(ranks_of(words_of_command)), stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -7,6 +7,7 @@
 #   bash tests/run.sh --slurm     the batch scripts on a Slurm of this machine, and two hosts (marker `slurm`) as well
 #   bash tests/run.sh --all       everything
 #   bash tests/run.sh --versions  the core set with the oldest, the tested and the newest packages, each installed anew
+#   bash tests/run.sh --gpu       what one runs on a new GPU node: right, how fast, does it fit the plan (--help)
 #   bash tests/run.sh ARGS...     ARGS go to pytest, for example tests/models -k rope
 #
 # With ARGS or a marker it is one process: -n 2 --dist loadfile makes it two.
@@ -14,6 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in --versions) exec "${PYTHON:-python3}" tests/versions/drive.py "${@:2}" ;; esac
 . launch/environment.sh tests
+case "${1:-}" in --gpu) exec python tests/gpu/check.py "${@:2}" ;; esac
 
 marker="not slow and not slurm and not faults"
 workers=""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 
 import pytest
 
+from minillm import plan
 from minillm.presets import PRESETS
 from tests.launching import ROOT, checkpoint, command, environment, losses, metrics, run, run_until
 
@@ -106,3 +109,16 @@ def test_single_process_exits_with_128_plus_the_signal(tiny_settings, tmp_path):
     code = run_until(words, lambda: len(metrics(tmp_path / "r")) >= 3, tmp_path, signal.SIGTERM, to_group=False)
     assert code == 128 + signal.SIGTERM
     assert os.path.isdir(tmp_path / "r" / "checkpoints" / f"step-{len(losses(tmp_path / 'r')):06d}")
+
+
+NODE_CONFIGS = ["dense-171m", "dense-171m-sft", "moe-876m", "moe-876m-sft"]  # the README's: for eight 24 GB cards
+
+
+@pytest.mark.parametrize("config", NODE_CONFIGS)
+def test_the_start_that_a_config_of_the_node_names_is_the_fastest(config, capsys):
+    """By minillm.plan, whose default is that node."""
+    text = (ROOT / "launch" / "configs" / f"{config}.yaml").read_text(encoding="utf-8")
+    start = rf"^# Start: deepspeed launch/(\w+\.py) --deepspeed ds_configs/(\w+)\.json --config {config}$"
+    (named,) = re.findall(start, text, flags=re.MULTILINE)
+    assert plan.main(["--config", config, "--json"]) == 0
+    assert named == (script_of(config), json.loads(capsys.readouterr().out)["best"]["ds_config"])

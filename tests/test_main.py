@@ -164,7 +164,7 @@ def test_the_launcher_takes_the_place_of_the_command(tmp_path):
     """Same process, so that signals reach it, and the ranks' exit code is the command's."""
     words = [*COMMAND, "pretrain", "--num_gpus", "2", "--master_port", str(29100 + os.getpid() % 400), "optim.x=1"]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+        process = subprocess.Popen(words, cwd=tmp_path, env=environment(ranks=2), stdout=log, stderr=log)
     lines = set()
     while process.poll() is None:
         lines.add(Path(f"/proc/{process.pid}/cmdline").read_bytes())

@@ -198,6 +198,7 @@ def test_activations_grow_with_tokens_and_layers():
 # ---- the peak, on a GPU
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory is a GPU's: torch.cuda.max_memory_allocated")
 @pytest.mark.parametrize("stage, checkpointing", [(1, False), (2, False), (2, True), (3, False)])
 def test_peak_memory_is_that_of_a_gpu(stage, checkpointing):

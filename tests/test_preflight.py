@@ -84,7 +84,7 @@ def test_two_ranks_are_ready(tiny_settings, tmp_path):
 
 def test_a_peer_that_hangs_is_timed_out_and_named(tmp_path):
     """Two processes with the variables a launcher (or srun) sets; rank 1 never makes its call."""
-    common = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {**environment(ranks=2), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(ROOT / "tests" / "preflight_hang.py"), "--timeout", "4"]
     first, second = (
         subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True,

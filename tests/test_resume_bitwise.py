@@ -16,6 +16,7 @@ from tests.launching import ROOT, checkpoint, command, losses, metrics, run, run
 STEPS = 12
 
 
+@pytest.mark.gpu  # as well: law 1 on a GPU, one rank
 @pytest.mark.parametrize(
     "ranks, json_name",
     [(1, "zero2.json"), (2, "zero2.json"), pytest.param(2, "zero3.json", marks=pytest.mark.slow)],

@@ -50,7 +50,7 @@ class Job:
         self.folder = folder
         done = subprocess.run(
             ["sbatch", "--parsable", *options, str(ROOT / "launch" / "slurm" / script), *arguments], cwd=folder,
-            env={**environment(), "DEEPSPEED": "ds_configs/zero2.json", "GPUS": "2", **variables},
+            env={**environment(ranks=2), "DEEPSPEED": "ds_configs/zero2.json", "GPUS": "2", **variables},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

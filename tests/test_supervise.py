@@ -26,7 +26,7 @@ class Supervised:
         with open(self.path, "w") as file:
             self.process = subprocess.Popen(
                 [SUPERVISE, "--restarts", str(restarts), "--", *words],
-                cwd=folder, env={**environment(), "SUPERVISE_PAUSE": "1"}, stdout=file, stderr=subprocess.STDOUT,
+                cwd=folder, env={**environment(ranks=2), "SUPERVISE_PAUSE": "1"}, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     @property

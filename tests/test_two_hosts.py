@@ -77,8 +77,8 @@ def test_two_hosts_train_like_one(hosts, sshd, tmp_path, tiny_settings):
         return [str(ROOT / "launch" / "pretrain.py"), *arguments]
 
     # as srun starts them: one process a host, with its rank in the environment
-    common = {**environment(), "GLOO_SOCKET_IFNAME": LINK, "MASTER_ADDR": ADDRESSES["here"], "MASTER_PORT": "29917",
-              "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
+    common = {**environment(ranks=2), "GLOO_SOCKET_IFNAME": LINK, "MASTER_ADDR": ADDRESSES["here"],
+              "MASTER_PORT": "29917", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
     sent = bytes_sent()
     ranks = []
     for rank, inside in enumerate(([], ["ip", "netns", "exec", SPACE])):
@@ -94,7 +94,7 @@ def test_two_hosts_train_like_one(hosts, sshd, tmp_path, tiny_settings):
     (tmp_path / "exports").write_text(f"GLOO_SOCKET_IFNAME={LINK}\n")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "hostfile"),
                 "--launcher", "pdsh", "--no_ssh_check", "--master_addr", ADDRESSES["here"], "--master_port", "29918"]  # fmt: skip # noqa: E501
-    env = {**environment(), "PDSH_SSH_ARGS_APPEND": sshd, "DS_ENV_FILE": str(tmp_path / "exports")}
+    env = {**environment(ranks=2), "PDSH_SSH_ARGS_APPEND": sshd, "DS_ENV_FILE": str(tmp_path / "exports")}
     done = subprocess.run([*launcher, *script("over-ssh")], cwd=ROOT, env=env, capture_output=True, text=True,
                           timeout=TIMEOUT)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -69,7 +69,10 @@ __all__ = [
 
 
 def leave_out_inference_ops() -> None:
-    """DeepSpeed compiles a shared-memory all-reduce for inference at the first start; training has no use for it."""
+    """On CPUs DeepSpeed compiles a shared-memory all-reduce for inference at the first start; training does not use it.
+
+    Asking for the table probes every operation, with a compiler and nvcc beside GPUs, where nobody should ask.
+    """
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 

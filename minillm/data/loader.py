@@ -3,7 +3,9 @@
 Contract: the global batch of `step` is sequences [step * B, (step + 1) * B) of the stream, whatever the ranks:
 micro-step m of rank r takes [(m * world_size + r) * micro, ...). Sequences at or past `max_sequences` are empty rows
 (all targets ignored), so that a last batch that is not full keeps its shape. Micro-batches are dicts of int64 tensors
-[micro, T]; without packing T is the micro-batch's longest row rounded up to a multiple of 64.
+[micro, T]; without packing T is the micro-batch's longest row rounded up to a multiple of 64. With `document_ids` come
+`document_borders`, int32: where documents begin in the flattened micro-batch, then its length until their number is a
+power of two, so that few shapes occur. Found here, they spare the GPU a wait in each forward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from minillm.data.stream import IGNORED, SequenceStream
 from minillm.utils.errors import UserError
 
 _LENGTH_STEP = 64
+_FEWEST_BORDERS = 64
 _MODEL_INPUTS = ("input_ids", "shift_labels", "position_ids", "document_ids")
 
 
@@ -130,12 +133,18 @@ class BatchLoader:
             if "lengths" in rows:
                 longest = max(1, int(rows["lengths"][part].max()))
                 length = min(length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
-            micro_batches.append(
-                {
-                    name: torch.from_numpy(np.ascontiguousarray(rows[name][part, :length]))
-                    for name in _MODEL_INPUTS
-                    if name in rows
-                }
-            )
+            inputs = {name: np.ascontiguousarray(rows[name][part, :length]) for name in _MODEL_INPUTS if name in rows}
+            if "document_ids" in inputs:
+                inputs["document_borders"] = document_borders(inputs["document_ids"])
+            micro_batches.append({name: torch.from_numpy(values) for name, values in inputs.items()})
         num_targets = int(np.count_nonzero(rows["shift_labels"] != IGNORED))
         return Batch(micro_batches, num_targets, int(rows["num_bad_rows"]))
+
+
+def document_borders(document_ids: np.ndarray) -> np.ndarray:
+    """int32 [2^n]: where runs of equal numbers begin in document_ids [micro, T], rows end to end, then their length."""
+    begins = np.ones(document_ids.shape, dtype=bool)
+    np.not_equal(document_ids[:, 1:], document_ids[:, :-1], out=begins[:, 1:])
+    places = np.flatnonzero(begins)
+    size = max(_FEWEST_BORDERS, 1 << len(places).bit_length())  # at least one more than documents
+    return np.pad(places, (0, size - len(places)), constant_values=document_ids.size).astype(np.int32)

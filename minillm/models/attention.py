@@ -27,7 +27,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch, or a build without it: documents are masked instead
     varlen_attn = None
-if varlen_attn is not None and not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+_VARLEN_OPTIONS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
+if "window_size" not in _VARLEN_OPTIONS:
     varlen_attn = None
 
 
@@ -37,7 +38,9 @@ class PackedDocuments(NamedTuple):
     Made only where the variable-length kernel may run, which skips what a dense mask would compute and drop.
     """
 
-    borders: torch.Tensor | None  # int32 [documents + 1], where they begin in the flattened batch; None: one a row
+    # int32 [documents + 1], where they begin in the flattened batch, and at the end its length (which may come several
+    # times: documents of no tokens); None: one a row.
+    borders: torch.Tensor | None
     window: int | None = None  # tokens a query sees, itself included
 
     def dense(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -53,13 +56,13 @@ class PackedDocuments(NamedTuple):
         return mask & (document[..., None] == document[..., None, :])
 
 
-def pack_documents(document_ids: torch.Tensor | None, window: int | None = None) -> PackedDocuments:
-    """The borders between runs of equal numbers in document_ids [B, T]; one wait for the device, to count them."""
-    if document_ids is None:
-        return PackedDocuments(None, window)
+def document_borders_of(document_ids: torch.Tensor) -> torch.Tensor:
+    """int32 [documents + 1], the borders between runs of equal numbers in document_ids [B, T], rows end to end.
+
+    One wait for the device, to count them: a loader knows them beforehand.
+    """
     begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    borders = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=begins.numel())
-    return PackedDocuments(borders.int(), window)
+    return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=begins.numel()).int()
 
 
 def attend(
@@ -98,6 +101,11 @@ def attend(
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=query.shape[2] > 1, enable_gqa=shared, dropout_p=dropout, scale=scale
         )
+    elif query.shape[2] == 1 and query.shape[1] != key.shape[1]:
+        # One token: query heads that share a key head are rows of one product, and nothing is repeated.
+        rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, K, N / K, H]
+        output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+        output = output.flatten(1, 2).unsqueeze(2)
     else:
         # CUDA's memory-efficient kernel takes a mask but no shared heads; without it SDPA would hold [T, S] in memory.
         groups = query.shape[1] // key.shape[1]
@@ -145,7 +153,7 @@ def _attend_in_blocks(query, key, value, mask: torch.Tensor, window: int | None,
 
 
 def _kernel_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
-    """Whether the variable-length kernel (FlashAttention 2) has these types, widths and this device."""
+    """Whether the variable-length kernel (FlashAttention 2) has these types and widths."""
     return (
         varlen_attn is not None
         and not dropout
@@ -153,7 +161,6 @@ def _kernel_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> b
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and value.shape[-1] <= query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
@@ -166,18 +173,11 @@ def _attend_packed(query, key, value, packed: PackedDocuments, scale: float | No
     if value_dim < width:
         value = F.pad(value, (0, width - value_dim))
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B T, N or K, H]
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        borders,
-        borders,
-        length,  # the longest document is not known without waiting for the device; a bound is enough
-        length,
-        scale=scale,
-        window_size=(-1 if packed.window is None else packed.window - 1, 0),  # the query's own token apart
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    options = {"scale": scale, "window_size": (-1 if packed.window is None else packed.window - 1, 0)}  # itself apart
+    if "enable_gqa" in _VARLEN_OPTIONS:  # torch 2.11 has no such argument, and its kernel shares heads all the same
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    # The longest document is not known without waiting for the device; a bound is enough.
+    output = varlen_attn(query, key, value, borders, borders, length, length, **options)
     return output.unflatten(0, (batch, length)).transpose(1, 2)[..., :value_dim]
 
 
@@ -243,6 +243,7 @@ def build_attention_mask(
     attention_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     cache: Cache | None = None,
+    document_borders: torch.Tensor | None = None,
     layer_idx: int = 0,
     sliding_window: int | None = None,
 ) -> torch.Tensor | PackedDocuments | None:
@@ -254,6 +255,7 @@ def build_attention_mask(
             (where T == S, cut to the window).
         document_ids: [B, T], equal within a document, which is one run of neighbours; only without cached tokens.
         cache: the cache, before this forward's keys are added.
+        document_borders: int32, the same as document_ids (PackedDocuments.borders), where they are known.
         layer_idx: a layer of this kind, whose part of the cache is asked.
         sliding_window: tokens a query sees, itself included.
 
@@ -273,8 +275,10 @@ def build_attention_mask(
     in_window = sliding_window is None or num_keys <= sliding_window
     if attention_mask is None and document_ids is None and fits and in_window and (length == 1 or not num_cached):
         return None
-    if attention_mask is None and cache is None and _packs(device):
-        return pack_documents(document_ids, sliding_window)
+    if attention_mask is None and cache is None and packs(device):
+        if document_ids is not None and document_borders is None:
+            document_borders = document_borders_of(document_ids)
+        return PackedDocuments(document_borders, sliding_window)
     queries = torch.arange(num_cached, num_cached + length, device=device)[:, None]
     keys = torch.arange(offset, offset + num_keys, device=device)[None, :]
     mask = (keys <= queries)[None, None]  # [1, 1, T, S]
@@ -289,9 +293,12 @@ def build_attention_mask(
     return mask
 
 
-def _packs(device: torch.device) -> bool:
-    """Whether masks are made as borders: their number varies, which a compiled graph cannot have."""
-    return varlen_attn is not None and device.type == "cuda" and not torch.compiler.is_compiling()
+def packs(device: torch.device) -> bool:
+    """Whether masks are made as borders: where the kernel runs, and outside compiled graphs, since finding the borders
+    has a result of varying size. (Layers that are compiled one by one get the mask from outside.)"""
+    if varlen_attn is None or device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _cut_to_window(mask: torch.Tensor, window: int | None) -> torch.Tensor:

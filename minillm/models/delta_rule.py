@@ -82,6 +82,7 @@ def chunked_gated_delta_rule(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
+    borders: torch.Tensor | None = None,
     chunk_size: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A chunk of tokens at a time. Arguments and results as of recurrent_gated_delta_rule, and:
@@ -89,10 +90,17 @@ def chunked_gated_delta_rule(
     Args:
         segments: int64 [B, T], never falling along a row: the state begins at zero in each new segment, and
             segment 0 goes on from `initial_state`; absent: all is segment 0.
+        borders: int64, where segments begin in the flattened batch and its length at the end; the same as `segments`,
+            in the form that flash-linear-attention takes. With it the last state is None where that kernel runs.
         chunk_size: tokens in a chunk; a row need not fill its last one.
     """
-    if segments is None and flash_chunks is not None and v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
-        return flash_gated_delta_rule(q, k, v, g, beta, initial_state)
+    if flash_chunks is not None and v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+        if segments is None:
+            return flash_gated_delta_rule(q, k, v, g, beta, initial_state)
+        if borders is not None and initial_state is None:
+            joined = (x.flatten(0, 1)[None] for x in (q, k, v, g, beta))
+            output, _ = flash_gated_delta_rule(*joined, borders=borders)
+            return output.view_as(v), None
     dtype = torch.promote_types(v.dtype, torch.float32)
     q, k, wide, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     state = first_state(initial_state, k, wide)
@@ -106,7 +114,7 @@ def _flash_kernel() -> Callable | None:
     """flash-linear-attention's chunked rule; None where it is not installed. By name: nothing here requires it."""
     try:
         return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
-    except ImportError:
+    except (ImportError, RuntimeError, AttributeError, OSError):  # also a Triton without a driver, or of another age
         return None
 
 
@@ -120,8 +128,12 @@ def flash_gated_delta_rule(
     g: torch.Tensor,
     beta: torch.Tensor,
     initial_state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """chunked_gated_delta_rule by flash-linear-attention's kernels: bf16 or fp16 on a GPU, without segments."""
+    borders: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """chunked_gated_delta_rule by flash-linear-attention's kernels: bf16 or fp16 on a GPU.
+
+    With `borders` the batch is one row of segments, and no state comes back.
+    """
     groups = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
     return flash_chunks(
@@ -131,7 +143,8 @@ def flash_gated_delta_rule(
         g=g,
         beta=beta.to(v.dtype),
         initial_state=initial_state,
-        output_final_state=True,
+        output_final_state=borders is None,
+        cu_seqlens=borders,
         use_qk_l2norm_in_kernel=True,
     )
 

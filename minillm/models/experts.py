@@ -51,6 +51,8 @@ def _swiglu(z: torch.Tensor) -> torch.Tensor:
 
 def _swiglu_backward(gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     gate, up = z.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which writes one kernel of it
+        return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)), dim=-1)
     of_z = torch.empty_like(z)
     of_gate, of_up = of_z.chunk(2, dim=-1)
     torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
@@ -87,7 +89,7 @@ def _looped_forward(x, weights, order, ends, up, up_bias, down, down_bias, inner
     z = x.new_empty(tokens.shape[0], up.shape[1])
     y = torch.zeros_like(x, dtype=torch.float32)
     start = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(_numbers(ends)):
         piece, weight = tokens[start:end], weight_of[start:end, None]
         bias = None if up_bias is None else up_bias[expert]
         z_piece = _product(_wide(x.index_select(0, piece)), _wide(up[expert]).t(), z[start:end], bias)
@@ -107,7 +109,7 @@ def _looped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, do
         None if p is None else torch.empty_like(p) for p in (up, up_bias, down, down_bias)
     )
     start = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(_numbers(ends)):
         piece, weight = tokens[start:end], weight_of[start:end, None]
         of_y, z_piece = _wide(gradient.index_select(0, piece)), _wide(z[start:end])
         activation, of_activation = activate(z_piece), of_y @ _wide(down[expert])
@@ -126,31 +128,56 @@ def _looped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, do
     return of_x.to(x.dtype), of_weights, of_up, of_up_bias, of_down, of_down_bias
 
 
+def _numbers(ends: torch.Tensor | list[int]) -> list[int]:
+    return ends if isinstance(ends, list) else ends.tolist()
+
+
+@torch.compiler.assume_constant_result
+def _has_grouped_products(device: torch.device) -> bool:
+    """Whether torch's grouped product has a kernel for this GPU. Below Hopper it copies `offs` to the CPU, once a
+    product, and loops: seven waits for the device in a layer, where the loop here has one."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _can_group(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
-    """Whether torch's grouped product is the faster way: bf16 on CUDA from compute capability 8.0 on.
+    """Whether torch's grouped product is the faster way: bf16 on CUDA from compute capability 9.0 on.
 
-    It needs every row to begin at a multiple of 16 bytes, the first of a parameter inside a flat buffer included.
+    It needs every row to begin at a multiple of 16 bytes, the first of a parameter inside a flat buffer included (the
+    compiler copies what does not).
     """
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and all(p.data_ptr() % 16 == 0 and not any(n % 8 for n in p.shape[1:]) for p in parameters)
-    )
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not _has_grouped_products(x.device):
+        return False
+    if any(n % 8 for p in parameters for n in p.shape[1:]):
+        return False
+    return torch.compiler.is_compiling() or all(p.data_ptr() % 16 == 0 for p in parameters)
 
 
-def _grouped_sum(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[R, N] -> [E, N] fp32, the sum of each expert's rows, by a product: the same bits every time."""
-    expert_of = torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device), right=True)
-    return F.one_hot(expert_of, ends.shape[0]).t().float() @ rows.float()
+def _multiply_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return F.grouped_mm(rows, matrices.transpose(1, 2) if transposed else matrices, offs=ends)
 
 
-def _grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """[R, N], [R, M] -> [E, N, M], the sum of outer products of each expert's rows."""
+def _multiply_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     products = F.grouped_mm(left.t(), right, offs=ends)
     # An expert without rows is left unwritten on some devices (pytorch issue 172439).
     idle = ends == F.pad(ends[:-1], (1, 0))
     return products.masked_fill_(idle[:, None, None], 0.0)
+
+
+def _grouped_rows(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """[R, N] times each row's expert's matrix: [E, N, M], or [E, M, N] where it is to be transposed -> [R, M]."""
+    call = torch.ops.minillm.multiply_rows if torch.compiler.is_compiling() else _multiply_rows
+    return call(rows, matrices, ends, transposed)
+
+
+def _grouped_outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[R, N], [R, M] -> [E, N, M], the sum of outer products of each expert's rows."""
+    call = torch.ops.minillm.multiply_outer if torch.compiler.is_compiling() else _multiply_outer
+    return call(left, right, ends)
+
+
+def _grouped_sum(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[R, N] -> [E, N], the sum of each expert's rows, by a product: the same bits every time."""
+    return _grouped_outer(rows.new_ones(rows.shape[0], 8), rows, ends)[:, 0]
 
 
 def _rows_of(bias: torch.Tensor, ends: torch.Tensor, rows: int) -> torch.Tensor:
@@ -163,10 +190,10 @@ def _grouped_forward(x, weights, order, ends, up, up_bias, down, down_bias, inne
     activate, _ = _INNER[inner]
     top_k, count = weights.shape[1], order.shape[0]
     weight = weights.flatten()[order, None]
-    z = F.grouped_mm(x.index_select(0, order // top_k), up.transpose(1, 2), offs=ends)
+    z = _grouped_rows(x.index_select(0, order // top_k), up, ends, True)
     if up_bias is not None:
         z += _rows_of(up_bias, ends, count)
-    out = F.grouped_mm(activate(z).mul_(weight), down.transpose(1, 2), offs=ends)
+    out = _grouped_rows(activate(z).mul_(weight), down, ends, True)
     if down_bias is not None:
         out += weight * _rows_of(down_bias, ends, count)
     return out.index_select(0, order.argsort()).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype), z
@@ -177,18 +204,18 @@ def _grouped_backward(gradient, x, weights, order, ends, z, up, up_bias, down, d
     top_k, inverse = weights.shape[1], order.argsort()
     tokens, weight = order // top_k, weights.flatten()[order, None]
     of_y, activation = gradient.index_select(0, tokens), activate(z)
-    of_activation = F.grouped_mm(of_y, down, offs=ends)
+    of_activation = _grouped_rows(of_y, down, ends, False)
     of_weight = (of_activation * activation).sum(-1, dtype=torch.float32)
     of_up_bias = of_down_bias = None
     if down_bias is not None:
         of_weight += (of_y * _rows_of(down_bias, ends, order.shape[0])).sum(-1, dtype=torch.float32)
-        of_down_bias = _grouped_sum(of_y * weight, ends).to(down_bias.dtype)
+        of_down_bias = _grouped_sum((of_y * weight).to(of_y.dtype), ends).to(down_bias.dtype)
     of_down = _grouped_outer(of_y, activation.mul_(weight), ends)
     of_z = activate_backward(of_activation.mul_(weight), z)
     if up_bias is not None:
         of_up_bias = _grouped_sum(of_z, ends).to(up_bias.dtype)
     of_up = _grouped_outer(of_z, x.index_select(0, tokens), ends)
-    of_rows = F.grouped_mm(of_z, up, offs=ends)
+    of_rows = _grouped_rows(of_z, up, ends, False)
     of_x = of_rows.index_select(0, inverse).view(*weights.shape, -1).sum(1, dtype=torch.float32).to(x.dtype)
     return of_x, of_weight[inverse].view_as(weights), of_up, of_up_bias, of_down, of_down_bias
 
@@ -239,8 +266,9 @@ def _experts_backward(
 
 
 def _register_operators() -> None:
-    """The two functions as torch.ops.minillm.experts and experts_backward, so that the compiler need not look inside:
-    the loop depends on how many rows each expert has."""
+    """What the compiler does not look into, as torch.ops.minillm.*: `experts` and `experts_backward`, since the loop
+    depends on how many rows each expert has; and the grouped products alone, around which it fuses, since their kernel
+    asserts on the device that rows begin at multiples of 16 bytes, and the compiler would lay them out anew."""
     if hasattr(torch.ops.minillm, "experts"):  # a second copy of this module, as exported code is, shares them
         return
     inputs = (
@@ -282,6 +310,27 @@ def _register_operators() -> None:
 
     forward.register_autograd(differentiate, setup_context=keep)
 
+    rows = torch.library.custom_op(
+        "minillm::multiply_rows",
+        lambda rows, *others: _multiply_rows(rows.contiguous(), *others),
+        mutates_args=(),
+        schema="(Tensor rows, Tensor matrices, Tensor ends, bool transposed) -> Tensor",
+    )
+    outer = torch.library.custom_op(
+        "minillm::multiply_outer",
+        lambda left, right, ends: _multiply_outer(left.contiguous(), right.contiguous(), ends),
+        mutates_args=(),
+        schema="(Tensor left, Tensor right, Tensor ends) -> Tensor",
+    )
+
+    @rows.register_fake
+    def _(rows, matrices, ends, transposed):
+        return rows.new_empty(rows.shape[0], matrices.shape[1 if transposed else 2])
+
+    @outer.register_fake
+    def _(left, right, ends):
+        return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
 
 _register_operators()
 
@@ -291,14 +340,19 @@ class _ApplyExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weights, order, ends, up, up_bias, down, down_bias, inner):
-        y, z = _experts_forward(x, weights, order, ends, up, up_bias, down, down_bias, inner)
+        # The loop waits for the device here, and not once more in backward.
+        ctx.numbers = None if _can_group(x, up, down) else ends.tolist()
+        places = ends if ctx.numbers is None else ctx.numbers
+        y, z = _experts_forward(x, weights, order, places, up, up_bias, down, down_bias, inner)
         ctx.save_for_backward(x, weights, order, ends, z, up, up_bias, down, down_bias)
         ctx.inner = inner
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        of_x, of_weights, *of_parameters = _experts_backward(gradient, *ctx.saved_tensors, ctx.inner)
+        x, weights, order, ends, *rest = ctx.saved_tensors
+        places = ends if ctx.numbers is None else ctx.numbers
+        of_x, of_weights, *of_parameters = _experts_backward(gradient, x, weights, order, places, *rest, ctx.inner)
         return of_x, of_weights, None, None, *of_parameters, None
 
 
@@ -306,7 +360,7 @@ def _apply_experts(x, weights, indices, up, up_bias, down, down_bias, inner):
     """Tokens [S, D], the weights and indices [S, K] of their experts -> [S, D]; the rest as in _experts_forward."""
     order, ends = _sort_by_expert(indices, up.shape[0])
     arguments = (x, weights, order, ends, up, up_bias, down, down_bias, inner)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not _can_group(x, up, down):
         return torch.ops.minillm.experts(*arguments)[0]
     return _ApplyExperts.apply(*arguments)
 

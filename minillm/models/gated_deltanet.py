@@ -4,9 +4,9 @@ Contract: q, k and v come through a short causal convolution and SiLU, a decay a
 own; the gated delta rule (minillm.models.delta_rule) mixes them over time, step by step for one token, in chunks for
 more; its output is normalised head by head, gated, and projected back.
 
-The mask is that of linear_attention layers (minillm.models.mixers): int64 [B, T], the document of each token, -1 at
-padding; None where each row is one document. State and convolution begin anew where the number changes. Padding, at
-either end of a row, neither decays nor writes the state and enters no convolution; what comes out there is undefined.
+The mask is that of linear_attention layers (minillm.models.mixers): Segments, or None where each row is one document.
+State and convolution begin anew where the segment changes. Padding, at either end of a row, neither decays nor writes
+the state and enters no convolution; what comes out there is undefined.
 
 Tensors against transformers' Qwen3NextGatedDeltaNet (minillm.interop.deltanet_layout maps them):
     qkv_proj.weight  rows: q of all key heads, k of all key heads, v of all value heads, each head by head.
@@ -24,6 +24,8 @@ convolution.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +35,38 @@ from minillm.compat.transformers_api import init, linear_attention_states
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from minillm.models.linear import Linear
+
+
+class Segments(NamedTuple):
+    """Which tokens belong together; made once a forward, for all layers.
+
+    Attributes:
+        numbers: int64 [B, T]: how many documents have begun before each token, not counting the row's first. Padding
+            belongs to the document before it, and at the row's start to the one after it: it adds nothing to either.
+            Segment 0 is what goes on from the state and the convolution's past, where there are any.
+        real: bool [B, T], False at padding; None where there is none.
+        borders: int64 [documents + 1], where documents begin in the flattened batch, at its end its length, once or
+            several times; None where they are not known.
+    """
+
+    numbers: torch.Tensor
+    real: torch.Tensor | None = None
+    borders: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, documents: torch.Tensor, real: torch.Tensor | None = None, borders: torch.Tensor | None = None
+    ) -> Segments:
+        """From the document of each token [B, T], neighbours of equal number being one; the rest as above."""
+        if real is None:
+            begins = documents[:, 1:] != documents[:, :-1]
+            borders = None if borders is None else borders.long()
+            return cls(F.pad(begins.long().cumsum(1), (1, 0)), None, borders)
+        steps = torch.arange(documents.shape[1], device=documents.device)
+        last_real = torch.where(real, steps, 0).cummax(1).values  # the token itself, or the last real one
+        filled, known = documents.gather(1, last_real), real.gather(1, last_real)
+        begins = (filled[:, 1:] != filled[:, :-1]) & known[:, :-1]
+        return cls(F.pad(begins.long().cumsum(1), (1, 0)), real)
 
 
 class GatedDeltaNet(nn.Module):
@@ -64,18 +98,19 @@ class GatedDeltaNet(nn.Module):
         self,
         hidden_states: torch.Tensor,
         positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: Segments | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; `positions` are not used, `mask` as in the header."""
         length = hidden_states.shape[1]
-        segments = None if mask is None else segments_of(mask)
+        segments, real, borders = (None, None, None) if mask is None else mask
+        if cache is not None:
+            borders = None  # with them no last state comes back
         mixed = self.qkv_proj(hidden_states)  # [B, T, F]
         beta = self.b_proj(hidden_states).float().sigmoid()  # [B, T, N]
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
-        if mask is not None:
-            real = (mask >= 0)[..., None]
-            mixed, beta, g = mixed * real, beta * real, g * real
+        if real is not None:
+            mixed, beta, g = (x * real[..., None] for x in (mixed, beta, g))
         past_inputs = state = None
         if cache is not None:
             # [B, F, kernel or more] and [B, N, H, V]
@@ -87,7 +122,7 @@ class GatedDeltaNet(nn.Module):
         if length == 1:
             output, state = recurrent_gated_delta_rule(query, key, value, g, beta, state)
         else:
-            output, state = chunked_gated_delta_rule(query, key, value, g, beta, state, segments)
+            output, state = chunked_gated_delta_rule(query, key, value, g, beta, state, segments, borders)
         if cache is not None:
             cache.update_conv_state(
                 mixed.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv.kernel_size
@@ -116,7 +151,7 @@ class CausalConvolution(nn.Module):
 
         Args:
             past: [B, F, at least kernel - 1], the inputs before x; absent: zeros.
-            segments: [B, T] as of `segments_of`: a token sees inputs of its own segment alone, and segment 0 the past.
+            segments: [B, T], Segments.numbers: a token sees inputs of its own segment alone, and segment 0 the past.
         """
         reach = self.kernel_size - 1
         if past is None:
@@ -184,16 +219,3 @@ class GatedRMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * self.weight.float() * F.silu(gate.float())).to(gate.dtype)
-
-
-def segments_of(documents: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> int64 [B, T]: how many documents have begun before each token, not counting the row's first.
-
-    Padding belongs to the document before it, and at the row's start to the one after it: it adds nothing to either.
-    Segment 0 is what goes on from the state and the convolution's past, where there are any.
-    """
-    steps = torch.arange(documents.shape[1], device=documents.device)
-    last_real = torch.where(documents >= 0, steps, 0).cummax(1).values  # the token itself, or the last real one
-    filled = documents.gather(1, last_real)
-    begins = (filled[:, 1:] != filled[:, :-1]) & (filled[:, :-1] >= 0)
-    return F.pad(begins.long().cumsum(1), (1, 0))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
 from minillm.compat.transformers_api import (
@@ -166,6 +167,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         use_cache: bool | None = None,
         counted: torch.Tensor | None = None,
         return_dict: bool | None = None,
+        document_borders: torch.Tensor | None = None,
     ) -> MiniLLMModelOutput | tuple:
         """Hidden states [B, T, D] after the last norm. Arguments as in MiniLLMForCausalLM.forward, and:
 
@@ -185,7 +187,7 @@ class MiniLLMModel(MiniLLMPreTrainedModel):
         length, device = embeddings.shape[1], embeddings.device
         if position_ids is None:
             position_ids = _default_position_ids(length, device, attention_mask, cache)
-        masks = build_masks(self.config, length, device, attention_mask, document_ids, cache)
+        masks = build_masks(self.config, length, device, attention_mask, document_ids, cache, document_borders)
         hidden_states, positions = self.positions(embeddings, position_ids)
         hidden_states = self.dropout(hidden_states)
         routings: list[Routing | None] = []
@@ -232,7 +234,29 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MiniLLMModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.token_loss = token_loss
         self.post_init()
+
+    def compile_regions(self, **options) -> None:
+        """torch.compile each layer, the last norm and the loss by itself, for training; in place.
+
+        Regional compilation: layers of a kind share one graph, which takes seconds where a whole model takes minutes.
+        Masks are made outside, so that attention over packed documents keeps its kernel; and a layer's gradients are
+        there as soon as its own backward pass is, so that reducing them runs beside the next layer's.
+
+        Args:
+            options: of torch.compile.
+        """
+        for layer in (*self.model.layers, *(module.layer for module in self.model.multi_token_modules)):
+            layer.compile(**options)
+        self.model.norm.compile(**options)
+        self.token_loss = torch.compile(token_loss, **options)
+
+    def generate(self, *arguments, **options):
+        """GenerationMixin.generate, without cuDNN's attention: the first choice on Hopper, where it builds a plan for
+        each new number of keys (tens of milliseconds a token)."""
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return super().generate(*arguments, **options)
 
     @takes_both_cache_names
     def forward(
@@ -250,6 +274,7 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
         return_dict: bool | None = None,
+        document_borders: torch.Tensor | None = None,
     ) -> MiniLLMCausalLMOutput | tuple:
         """One pass.
 
@@ -269,13 +294,23 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             logits_to_keep: keep the logits of the last so many positions (0: all), or of these positions.
             return_logits: default: everywhere but in training with targets, where only the loss is wanted and the
                 logits need not be kept. With False `logits` is None.
+            document_borders: int32, where documents begin in the flattened batch, then B * T, once or several times:
+                the same as document_ids, for whoever knows it (a GPU has to be waited for to find it out).
         """
         if labels is not None and shift_labels is not None:
             raise ValueError("pass either labels or shift_labels, not both")
         targets = next_token_targets(labels) if labels is not None else shift_labels
         counted = counted_tokens(targets) if self.training and targets is not None else None
         outputs = self.model(
-            input_ids, attention_mask, position_ids, document_ids, cache, inputs_embeds, use_cache, counted
+            input_ids,
+            attention_mask,
+            position_ids,
+            document_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            counted,
+            document_borders=document_borders,
         )
         hidden_states = outputs.last_hidden_state
         if return_logits is None:
@@ -288,12 +323,12 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             if num_items_in_batch is None:
                 num_items_in_batch = count_targets(targets)  # of the next token, for the terms further ahead as well
             logits = self.lm_head(hidden_states)
-            loss = token_loss(logits, targets, num_items_in_batch)
+            loss = self.token_loss(logits, targets, num_items_in_batch)
             losses = {"cross_entropy": loss}
             logits = logits[:, kept] if return_logits else None
             for depth, states in enumerate(outputs.multi_token_states or (), 1):
                 ahead = targets_ahead(targets, document_ids, depth)
-                term = token_loss(self.lm_head(states), ahead, num_items_in_batch)
+                term = self.token_loss(self.lm_head(states), ahead, num_items_in_batch)
                 losses[f"multi_token_{depth}"] = term
                 # DeepSeek-V3 (arXiv:2412.19437), equation 25: the mean over depths.
                 loss = loss + self.config.mtp_loss_coef / self.config.num_nextn_predict_layers * term

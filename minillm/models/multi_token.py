@@ -59,5 +59,9 @@ class MultiTokenModule(nn.Module):
             The states of this depth [B, T, D], and what the layer's router did.
         """
         joined = torch.cat((self.enorm(next_embeddings), self.hnorm(states)), dim=-1)
-        hidden_states, routing = self.layer(self.eh_proj(joined), positions=positions, masks=masks, counted=counted)
+        hidden_states = self.eh_proj(joined)
+        # Called as the decoder calls its own, so that compiled layers share a graph.
+        hidden_states, routing = self.layer(
+            hidden_states, positions=positions, masks=masks, cache=None, counted=counted
+        )
         return self.norm(hidden_states), routing

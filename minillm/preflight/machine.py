@@ -86,7 +86,8 @@ def gpu_count_row(num_gpus: int, ranks_on_host: int) -> Row:
     found = f"{ranks_on_host} on this machine, {num_gpus} visible GPUs"
     found += f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
     if ranks_on_host > num_gpus:
-        fix = f"start {num_gpus} (deepspeed --num_gpus {num_gpus}), or check CUDA_VISIBLE_DEVICES: one rank a GPU"
+        fix = f"one rank a GPU: start {num_gpus} (deepspeed --num_gpus {num_gpus}), check CUDA_VISIBLE_DEVICES, or "
+        fix += "train on CPUs with DS_ACCELERATOR=cpu"
         return Row("ranks", FAIL, found, fix)
     if ranks_on_host < num_gpus:
         fix = f"deepspeed --num_gpus {num_gpus} to use them all; --include localhost:0,1 or CUDA_VISIBLE_DEVICES if not"
@@ -96,9 +97,9 @@ def gpu_count_row(num_gpus: int, ranks_on_host: int) -> Row:
 
 def gpu_row(precision: str | None) -> Row:
     """This rank's GPU: a product on it, its memory, and whether it knows the run's precision."""
-    if distributed.local_rank() >= torch.cuda.device_count():
-        return Row("device", FAIL, f"there is no GPU {distributed.local_rank()}", "see the row `ranks`")
-    device = torch.device("cuda", distributed.local_rank())
+    device = distributed.default_device()
+    if device.index >= torch.cuda.device_count():
+        return Row("device", FAIL, f"there is no GPU {device.index}", "see the row `ranks`")
     torch.cuda.set_device(device)
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     try:

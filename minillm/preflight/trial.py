@@ -27,6 +27,7 @@ from minillm.training.loop import Trainer
 from minillm.training.signals import StopRequest
 from minillm.training.watch import Watch
 from minillm.utils import distributed
+from minillm.utils.determinism import deterministic_kernels
 from minillm.utils.errors import UserError
 from minillm.utils.files import manifest_problems
 
@@ -88,7 +89,7 @@ def try_run(report: Report, run: dict, deepspeed_config: dict, folder: str, time
     report.note("data", describe_data(config, data))
     stop = StopRequest(launched=False)
     report.stage("joining the process group")
-    with process_group(timedelta(seconds=timeout)):
+    with process_group(timedelta(seconds=timeout)), deterministic_kernels(config.train.deterministic):
         # The parent's limit ends a stage that hangs; the watch's own would only race it.
         with contextlib.closing(Stages(report, 10 * timeout)) as watch:
             found = _train(config, data, deepspeed_config, folder, watch, stop)

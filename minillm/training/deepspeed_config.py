@@ -138,6 +138,9 @@ def resolve_deepspeed_config(
         # DeepSpeed clips at 1.0 where the key is absent, so it is always written out.
         resolved[key] = value
     resolved["steps_per_print"] = values.get("steps_per_print", 2**31 - 1)
+    # Its timer waits for the GPU twice a micro-step, and cannot be compiled (torch 2.12 and 2.13: torch.device(None) in
+    # a graph). Speed is the trainer's to measure.
+    resolved["timers"] = values.get("timers", {"throughput": {"enabled": False}})
     # torch's fused AdamW takes the place of DeepSpeed's own: no compiler is needed at the first start.
     resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_force_ds_cpu_optimizer"] = False

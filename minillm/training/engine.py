@@ -34,7 +34,7 @@ from minillm.models.capacity import Capacity
 from minillm.training.deepspeed_config import precision
 from minillm.training.expert_parallel import parallelise_experts
 from minillm.training.optim import build_optimizer
-from minillm.training.zero_state import loss_scale_state
+from minillm.training.zero_state import loss_scale_state, restore_loss_scale
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 
@@ -75,19 +75,25 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Open the process group (nccl on GPUs, gloo on CPUs) and close it whatever happens.
 
     A process that no launcher started becomes a group of one. CPU ranks share the cores of their machine evenly.
+
+    Raises:
+        UserError: this rank's machine has fewer GPUs than ranks.
     """
+    device = distributed.check_device()
     alone = {} if "RANK" in os.environ else lone_rank_environment()
     os.environ.update(alone)
-    device = distributed.default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(distributed.threads_of_rank())
+        leave_out_inference_ops()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    leave_out_inference_ops()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if device.type == "cuda":  # with its device, NCCL connects now and not in the first collective
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     try:
         deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None)
         yield
@@ -133,18 +139,29 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
         model=model, optimizer=build_optimizer(model, run.optim), config=deepspeed_config, dist_init_required=False
     )
     if run.train.compile:
-        engine.compile()
+        # Not engine.compile(), which makes one graph of the model: all its gradients come at the end of backward, when
+        # nothing is left to overlap their reduction with.
+        engine.module.compile_regions()
     return engine
 
 
-def warm_up(engine, micro_batches: list[MicroBatch]) -> None:
+def warm_up(engine, micro_batches: list[MicroBatch], num_target_tokens: int) -> StepResult:
     """One whole step at learning rate 0, with every micro-step of the accumulation.
 
     Out-of-memory and kernel errors come now and not at night, and the optimizer's state exists afterwards. It dirties
-    moments, counters and generators; the caller resets or restores them.
+    moments, counters and generators; the caller resets or restores them. fp16's loss scale is as it was: what this
+    step had to lower, the first step lowers again, but a scale that is too low comes back only after a thousand steps.
+
+    Args:
+        micro_batches, num_target_tokens: as for `run_step`; gradients of another size than those of the run would
+            find another loss scale.
     """
-    run_step(engine, micro_batches, num_target_tokens=1, learning_rate=0.0)
+    scale = loss_scale_state(engine)
+    result = run_step(engine, micro_batches, num_target_tokens, learning_rate=0.0)
+    if scale is not None:
+        restore_loss_scale(engine, scale)
     link_optimizer_states(engine)
+    return result
 
 
 def run_step(
@@ -190,11 +207,13 @@ def _attempt_step(
     accept: Callable[[float], bool] | None,
 ) -> StepResult:
     scale = distributed.world_size()  # DeepSpeed averages over the ranks; the loss is already divided by all tokens
+    # A number would become part of compiled graphs; and filled on the device, it waits for nothing.
+    num_items = torch.full((), num_target_tokens, dtype=torch.long, device=engine.device)
     losses: dict[str, torch.Tensor] = {}
     routing: dict[str, torch.Tensor] = {}
     problem = None
     for number, batch in enumerate(micro_batches, 1):
-        output = engine(**batch, num_items_in_batch=num_target_tokens)
+        output = engine(**batch, num_items_in_batch=num_items)
         losses = _add(losses, {"total": output.loss, **output.losses})
         routing = _add(routing, output.routing or {})
         factor = scale
@@ -257,10 +276,12 @@ def _add(sums: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> dict
 
 
 def _sum_over_ranks(*tables: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The same tables with every tensor summed over the ranks, in float64 on the CPU; one all-reduce for all."""
+    """The same tables with every tensor summed over the ranks, in float64 on the CPU; one all-reduce for all, and one
+    wait for the device."""
     values = [value for table in tables for value in table.values()]
-    flat = torch.cat([value.flatten() for value in values]).tolist()
-    flat = torch.tensor(distributed.reduce_sum(flat), dtype=torch.float64)
+    flat = torch.cat([value.flatten() for value in values])
+    dist.all_reduce(flat)
+    flat = flat.cpu()
     parts = iter(flat.split([value.numel() for value in values]))
     return [{name: next(parts).view(value.shape) for name, value in table.items()} for table in tables]
 

@@ -7,6 +7,7 @@ Every number that outlives a step is in TrainState. A batch is a function of (se
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -61,6 +62,7 @@ from minillm.training.validation import sample, validate
 from minillm.training.watch import HUNG, Watch
 from minillm.training.zero_state import write_full_state
 from minillm.utils import distributed
+from minillm.utils.determinism import deterministic_kernels
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say, warn
 from minillm.utils.seeding import capture_rng, restore_rng
@@ -73,9 +75,11 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
 
     Returns:
         The exit code: 0, or 128 + the signal's number.
+
+    Raises:
+        UserError: before data is opened, a precision or a number of ranks that the devices are not made for.
     """
-    if precision(deepspeed_config) == "fp16" and distributed.default_device().type == "cpu":
-        raise UserError("fp16 needs a GPU, and this machine has none: use a bf16 JSON, such as ds_configs/zero2.json")
+    check_precision(precision(deepspeed_config), distributed.check_device())
     stop = StopRequest(launched="RANK" in os.environ)
     try:
         data = open_data(run)
@@ -85,13 +89,35 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
         stop.restore()
 
 
+def check_precision(name: str, device: torch.device) -> None:
+    """Refuse what would not run, or only in emulation.
+
+    Args:
+        name: bf16, fp16 or fp32.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("fp16 needs a GPU, and this machine has none: use a bf16 JSON, such as ds_configs/zero2.json")
+    if name == "bf16" and device.type == "cuda":
+        torch.cuda.set_device(device)  # the question below is about the current one
+        # PyTorch and DeepSpeed count emulation as support: no tensor cores, no fused attention, several times slower.
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                f"bf16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic (cards from Ampere on have); use "
+                f"--deepspeed ds_configs/zero2_fp16.json"
+            )
+
+
 def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: StopRequest) -> int:
     """`train` where the ranks are already connected."""
     bases = distributed.gather_objects(str(data.base))
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
     config = resolve_model_config(run, data)
-    with run_folder.only_writer(run.run_dir), contextlib.closing(Watch(run.faults.timeout)) as watch:
+    with (
+        deterministic_kernels(run.train.deterministic),
+        run_folder.only_writer(run.run_dir),
+        contextlib.closing(Watch(run.faults.timeout)) as watch,
+    ):
         while True:
             trainer = Trainer(run, data, watch)
             if trainer.is_complete():
@@ -102,7 +128,7 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
             except RollBack:
                 trainer.close(0)
                 trainer.engine.destroy()
-                continue
+                code = None
             except BaseException as error:
                 lost = None if isinstance(error, UserError) else watch.explain()
                 trainer.close(exit_code=1)
@@ -110,8 +136,20 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
                     print(f"error (rank {distributed.rank()}): {lost}", file=sys.stderr, flush=True)
                     raise SystemExit(HUNG) from error
                 raise
-            trainer.close(code)
-            return code
+            if code is not None:
+                trainer.close(code)
+                return code
+            del trainer  # here, as the frames of the error held it too
+            release_memory()
+
+
+def release_memory() -> None:
+    """Give back what an engine held that nobody needs any more.
+
+    DeepSpeed's objects refer to each other in circles, and the next engine may not fit beside its buffers.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA has not been used
 
 
 class Trainer:
@@ -192,14 +230,21 @@ class Trainer:
     def warm_up_and_restore(self, exact_weights: dict[str, torch.Tensor] | None) -> TrainState:
         """One step at learning rate 0, then the checkpoint's state, or a clean one."""
         batch = self.loader.batch_at(0)
+        (tokens,) = distributed.reduce_sum([batch.num_target_tokens])
         start = time.perf_counter()
         self.watch.at("the warm-up step")
+        batches = [move_to_device(b, self.engine.device) for b in batch.micro_batches]
         try:
-            warm_up_engine(self.engine, [move_to_device(b, self.engine.device) for b in batch.micro_batches])
+            warm_up_engine(self.engine, batches, max(1, int(tokens)))
         except NonFiniteError as error:
             fix = "move that folder away to go on from an older one" if self.source else "choose other weights"
             folder = self.source or self.data.base
             raise NonFiniteError(f"the weights of {folder} are ruined: {error}; {fix}") from error
+        except RuntimeError as error:
+            if "deterministic implementation" not in str(error):
+                raise
+            first = str(error).split(". ")[0]
+            raise UserError(f"train.deterministic = true: {first}; set train.deterministic=false") from error
         say(f"warm-up step: {time.perf_counter() - start:.1f} s")
         if self.source is not None:
             state = checkpoint.restore_training(self.engine, self.source, self.config.seed)

@@ -160,6 +160,8 @@ def run_config(case: Case, world_size: int) -> tuple[RunConfig, dict]:
         "optim": {"learning_rate": LEARNING_RATE, "gradient_clipping": CLIPPING, "adam_epsilon": 1e-2},
     })  # fmt: skip
     values: dict = {"zero_optimization": {"stage": case.stage}}
+    if case.stage in (1, 2):
+        values["zero_optimization"]["overlap_comm"] = True  # as in ds_configs; at stage 3 DeepSpeed's default
     if case.precision == "bf16":
         values["bf16"] = {"enabled": True}
         if case.stage > 1:

@@ -70,7 +70,8 @@ def validate(
 def _sums(engine, micro_batch: dict[str, torch.Tensor], token_bytes: torch.Tensor) -> torch.Tensor:
     targets = micro_batch["shift_labels"]
     kept = targets[targets != -100]
-    loss = engine(**move_to_device(micro_batch, engine.device), num_items_in_batch=1, return_logits=False).loss
+    one = torch.ones((), dtype=torch.long, device=engine.device)  # the sum; a number would be compiled anew
+    loss = engine(**move_to_device(micro_batch, engine.device), num_items_in_batch=one, return_logits=False).loss
     return torch.tensor([float(loss), kept.numel(), float(token_bytes[kept].sum())], dtype=torch.float64)
 
 

@@ -44,7 +44,37 @@ def threads_of_rank() -> int:
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """This rank's: a GPU where there are any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if _has_one_of_slurms_gpus() else local_rank())
+
+
+def _has_one_of_slurms_gpus() -> bool:
+    """Whether Slurm has given this task a GPU of its own (srun --gpus-per-task=1, --gpu-bind=...).
+
+    Such a task sees one device, number 0, whatever its place on the machine. Slurm says so in variables of the step
+    (srun's manual page, output environment variables); a launcher within the step has other LOCAL_RANKs.
+    """
+    bound = any(os.environ.get(name) for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU"))
+    bound = bound or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+    return bound and torch.cuda.device_count() == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank())
+
+
+def check_device() -> torch.device:
+    """`default_device`, which is there.
+
+    Raises:
+        UserError: this machine has GPUs, and fewer than ranks.
+    """
+    device = default_device()
+    if device.type == "cuda" and device.index >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"rank {rank()} is number {local_rank()} (from 0) on its machine and sees {count} GPU(s): a rank needs one "
+            f"of its own. Start {count} rank(s) a machine (deepspeed --num_gpus {count}), or train on CPUs with "
+            f"DS_ACCELERATOR=cpu"
+        )
+    return device
 
 
 def reduce_sum(values: list[float]) -> list[float]:

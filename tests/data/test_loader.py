@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.data.loader import BatchLoader
+from minillm.data.loader import BatchLoader, document_borders
 from minillm.data.stream import build_stream
+from minillm.models.attention import document_borders_of
 from minillm.utils.errors import UserError
 from tests.data.token_data import IGNORED, open_folder, random_documents, write_token_folder
 
@@ -70,9 +71,22 @@ def test_every_document_exactly_once_an_epoch(folder, world_size, micro):
 def test_batches_are_tensors_the_model_takes(folder):
     batch = make_loader(folder, micro=4).batch_at(3)
     for micro in batch.micro_batches:
+        borders = micro.pop("document_borders")
+        assert torch.equal(borders.unique_consecutive(), document_borders_of(micro["document_ids"]))
+        assert borders.dtype == torch.int32 and len(borders) == 64  # 128 tokens
         assert sorted(micro) == ["document_ids", "input_ids", "position_ids", "shift_labels"]
         for value in micro.values():
             assert value.dtype == torch.int64 and value.shape == (4, 32) and value.is_contiguous()
+
+
+def test_borders_come_in_few_sizes():
+    """A power of two above the number of documents, so that compiled shapes repeat, whatever the documents."""
+    for documents, size in ((1, 64), (62, 64), (64, 128), (200, 256)):
+        ids = np.arange(400).reshape(2, 200) * documents // 400
+        borders = document_borders(ids)
+        expected = document_borders_of(torch.from_numpy(ids))
+        assert len(borders) == size and borders[len(expected) - 1 :].min() == 400
+        assert torch.equal(torch.from_numpy(borders[: len(expected)]), expected)
 
 
 def test_any_step_at_any_time(folder):

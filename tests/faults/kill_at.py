@@ -132,6 +132,7 @@ def install(spec: dict) -> None:
     """Put the trap around its target, in this process and in those it forks."""
     if spec["rank"] is not None and spec["rank"] != int(os.environ.get("RANK", "0")):
         return
+    importlib.import_module("minillm.utils.before_torch").prepare_environment()
     importlib.import_module("minillm.training.loop")  # first: shutil and others look at os as they are imported
     module, path = spec["target"].split(":")
     *owners, name = path.split(".")

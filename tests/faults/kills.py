@@ -144,7 +144,7 @@ class Broken:
         self.started = time.monotonic()
         own = {"MINILLM_KILL": json.dumps(spec)} if spec else {}
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen(words, cwd=ROOT, env={**environment(), **own}, stdout=log,
+            self.process = subprocess.Popen(words, cwd=ROOT, env={**environment(self.kind.ranks), **own}, stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         return self.process
 

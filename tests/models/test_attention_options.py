@@ -19,7 +19,7 @@ from minillm.models.attention import (
     PackedDocuments,
     attend,
     build_attention_mask,
-    pack_documents,
+    document_borders_of,
 )
 from minillm.models.positions import RotaryEmbedding
 from tests.toy_presets import toy_model
@@ -209,6 +209,10 @@ def test_a_finished_mask_is_cut_to_the_window():
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 4, [7] * 1 + [8] * 11])
 
 
+def pack_documents(document_ids: torch.Tensor | None, window: int | None = None) -> PackedDocuments:
+    return PackedDocuments(None if document_ids is None else document_borders_of(document_ids), window)
+
+
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("document_ids", [DOCUMENTS, None])
 def test_borders_are_the_dense_mask(document_ids, window):
@@ -220,14 +224,19 @@ def test_borders_are_the_dense_mask(document_ids, window):
     if document_ids is not None:
         # Row 1 begins a document even where its first number is the last of row 0.
         assert packed.borders.tolist() == [0, 5, 8, 12, 13, 24] and packed.borders.dtype == torch.int32
-        same = pack_documents(torch.zeros(3, 4, dtype=torch.long))
-        assert same.borders.tolist() == [0, 4, 8, 12]
+        assert document_borders_of(torch.zeros(3, 4, dtype=torch.long)).tolist() == [0, 4, 8, 12]
+        padded = PackedDocuments(torch.cat((packed.borders, packed.borders[-1:].expand(3))), window)
+        assert torch.equal(padded.dense(2, 12, torch.device("cpu")), dense)  # documents of no tokens
 
 
-def varlen_reference(query, key, value, borders, key_borders, longest, _, *, scale, window_size, enable_gqa):
+def varlen_reference(query, key, value, borders, key_borders, longest, _, *, scale, window_size, enable_gqa=None):
     """What torch.nn.attention.varlen.varlen_attn documents: [tokens, heads, H], documents one after another."""
     assert torch.equal(borders, key_borders) and (borders.diff() <= longest).all() and window_size[1] == 0
-    assert enable_gqa == (query.shape[1] != key.shape[1]) and query.shape[-1] == value.shape[-1]
+    assert query.shape[-1] == value.shape[-1]
+    if {"enable_gqa"} & attention_module._VARLEN_OPTIONS:  # torch 2.11 has no such argument
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+    else:
+        assert enable_gqa is None
     output = []
     for begin, end in zip(borders[:-1].tolist(), borders[1:].tolist()):
         q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
@@ -242,8 +251,9 @@ def varlen_reference(query, key, value, borders, key_borders, longest, _, *, sca
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("document_ids", [DOCUMENTS, None])
 @pytest.mark.parametrize("value_dim, scale", [(8, None), (6, 0.3)])
+@pytest.mark.parametrize("options", [{"window_size"}, {"window_size", "enable_gqa"}], ids=["2.11", "2.12"])
 def test_packed_documents_reach_the_kernel_and_the_dense_mask_alike(
-    monkeypatch, window, document_ids, value_dim, scale
+    monkeypatch, window, document_ids, value_dim, scale, options
 ):
     """The kernel itself is for CUDA; what it is given is checked here by a slow function of the same signature."""
     query, key, value = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, value_dim)
@@ -251,6 +261,7 @@ def test_packed_documents_reach_the_kernel_and_the_dense_mask_alike(
     expected = attend(query, key, value, packed.dense(2, 12, torch.device("cpu")), scale=scale, window=window)
     torch.testing.assert_close(attend(query, key, value, packed, scale=scale, window=window), expected, **MODULE)
     monkeypatch.setattr(attention_module, "varlen_attn", varlen_reference)
+    monkeypatch.setattr(attention_module, "_VARLEN_OPTIONS", options)
     monkeypatch.setattr(attention_module, "_kernel_takes", lambda *_: True)
     torch.testing.assert_close(attend(query, key, value, packed, scale=scale, window=window), expected, **MODULE)
 
@@ -267,6 +278,7 @@ needs_kernel = pytest.mark.skipif(
 )
 
 
+@pytest.mark.gpu
 @needs_kernel
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("value_dim", [64, 48])
@@ -286,6 +298,7 @@ def test_the_kernel_equals_the_dense_mask(window, value_dim):
         torch.testing.assert_close(x.grad.float().cpu(), y.grad, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.gpu
 @needs_kernel
 @pytest.mark.parametrize("preset", ["llama3-mini", "mistral-mini", "gpt2-124m"])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -10,7 +10,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from minillm.interop import deltanet_layout
 from minillm.models import MiniLLMConfig, delta_rule
 from minillm.models.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
-from minillm.models.gated_deltanet import GatedDeltaNet, segments_of
+from minillm.models.gated_deltanet import GatedDeltaNet, Segments
 from tests.reference.gated_delta_rule import gated_delta_rule
 from tests.toy_presets import toy_fields, toy_model
 
@@ -67,6 +67,11 @@ def empty_cache(module: GatedDeltaNet) -> DynamicCache:
     return DynamicCache(config=MiniLLMConfig(**toy_fields("qwen3-next-mini", **DENSE)))
 
 
+def segments(documents: torch.Tensor) -> Segments:
+    """From the document of each token, -1 at padding."""
+    return Segments.of(documents, real=documents >= 0 if (documents < 0).any() else None)
+
+
 def hidden(length: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, length, 48, generator=torch.Generator().manual_seed(seed))
 
@@ -107,14 +112,14 @@ def test_borders_inside_and_between_chunks(chunk_size):
     documents = torch.tensor([[0] * 3 + [1] * 5 + [2] + [3] * 7, [4] * 4 + [2] * 12])
     inputs = rule_inputs(16, torch.float64)
     expected, expected_state = gated_delta_rule(*inputs, documents=documents)
-    output, state = chunked_gated_delta_rule(*inputs, segments=segments_of(documents), chunk_size=chunk_size)
+    output, state = chunked_gated_delta_rule(*inputs, segments=segments(documents).numbers, chunk_size=chunk_size)
     assert far(output, expected) < 1e-12
     assert far(state, expected_state) < 1e-12
 
 
 def test_segments_count_the_documents_begun_and_padding_begins_none():
     documents = torch.tensor([[-1, -1, 5, 5, 7, 7, -1], [3, 3, 1, 1, 0, -1, -1], [0, 0, 0, 0, 0, 0, 0]])
-    assert segments_of(documents).tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2], [0] * 7]
+    assert segments(documents).numbers.tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2], [0] * 7]
 
 
 @pytest.mark.parametrize("rule", [recurrent_gated_delta_rule, chunked_gated_delta_rule])
@@ -211,7 +216,7 @@ def test_packed_documents_equal_separate_ones_gradients_included():
     module, lengths = mixer(), [3, 70, 1, 2, 20]
     x = hidden(sum(lengths), batch=1).requires_grad_()
     documents = torch.repeat_interleave(torch.tensor([4, 0, 9, 2, 7]), torch.tensor(lengths))[None]
-    packed = module(x, mask=documents)
+    packed = module(x, mask=segments(documents))
     weight = torch.linspace(-1, 1.5, packed.numel()).view_as(packed)
     (packed * weight).sum().backward()
     packed_gradients = [x.grad] + [p.grad for p in module.parameters()]
@@ -236,11 +241,11 @@ def test_padding_changes_nothing(side):
         order = slice(None) if side == "left" else slice(None, None, -1)
         x, mask = (torch.cat(part[order], dim=1) for part in (parts, numbers))
         module.zero_grad()
-        outputs = module(x, mask=mask if padding else None)[mask >= 0]
+        outputs = module(x, mask=segments(mask) if padding else None)[mask >= 0]
         (outputs * torch.linspace(-1, 1.5, outputs.numel()).view_as(outputs)).sum().backward()
         cache = empty_cache(module)
         with torch.no_grad():
-            module(x, mask=mask if padding else None, cache=cache)
+            module(x, mask=segments(mask) if padding else None, cache=cache)
         results.append([outputs, cache.get_recurrent_state(0), *(p.grad for p in module.parameters())])
     for plain, padded in zip(*results):
         assert far(padded, plain) < EXACT
@@ -262,7 +267,7 @@ def test_left_padded_rows_decode_like_single_ones():
     x = hidden(12)
     mask = torch.tensor([[-1] * 5 + [0] * 4, [0] * 9])
     cache = empty_cache(module)
-    outputs = [module(x[:, :9], mask=mask, cache=cache)]
+    outputs = [module(x[:, :9], mask=segments(mask), cache=cache)]
     outputs += [module(x[:, t : t + 1], cache=cache) for t in range(9, 12)]
     outputs = torch.cat(outputs, dim=1)
     assert far(outputs[0, 5:], module(x[:1, 5:])[0]) < EXACT
@@ -298,13 +303,14 @@ def test_training_path_compiles_in_one_piece():
     results = []
     for call in (module, compiled):
         module.zero_grad()
-        output = call(x, None, mask)
+        output = call(x, None, segments(mask))
         output.square().sum().backward()
         results.append([output.detach(), *(p.grad for p in module.parameters())])
     for plain, traced in zip(*results):
         assert far(traced, plain) < EXACT
 
 
+@pytest.mark.gpu
 def test_flash_linear_attention_equals_the_chunks():
     if delta_rule.flash_chunks is None:
         pytest.skip("flash-linear-attention is not installed")

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from minillm.config import load_run_config
+from minillm.presets import PRESETS
 from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
-from minillm.training.planned_states import Zero
+from minillm.training.planned_states import Zero, buffers, parameter_groups
 from minillm.utils.errors import UserError
 from tests.launching import ROOT
 
@@ -32,6 +33,20 @@ def test_auto_takes_the_runs_values(demo_run):
     assert resolved["train_batch_size"] == 16 and resolved["train_micro_batch_size_per_gpu"] == 8
     assert resolved["gradient_accumulation_steps"] == 1 and resolved["gradient_clipping"] == 1.0
     assert values["train_batch_size"] == "auto"  # the caller's stays as it was
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("zero*.json")), ids=lambda path: path.stem)
+def test_no_shipped_file_takes_a_gigabyte_of_buckets(path):
+    """DeepSpeed's own bucket is of 5e8 elements: a GB in fp16, two with overlap_comm, of the 16 of a T4."""
+    zero = Zero.of(read_deepspeed_json(path))
+    assert zero.reduce_bucket <= 5e7
+    held = buffers(parameter_groups(PRESETS["dense-26m"], "torch", 1, 2), zero, 0)
+    assert held.always + max(held.backward, held.reduction, held.update) < 2**30
+
+
+def test_gradients_are_sent_beside_the_backward_pass_where_cards_share_them():
+    zeros = {name: Zero.of(read_deepspeed_json(name)) for name in ("zero1", "zero2", "zero2_fp16", "zero3")}
+    assert [name for name, zero in zeros.items() if not zero.overlap] == []
 
 
 def test_clipping_is_always_written_out(demo_run):

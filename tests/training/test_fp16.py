@@ -1,4 +1,7 @@
-"""fp16 with loss scaling: refused without a GPU; on one, it learns, overflows without losing a batch, and resumes."""
+"""fp16 with loss scaling: refused without a GPU; on one, it learns, overflows without losing a batch, and resumes.
+
+And bf16, refused where only fp16 is fast.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,29 @@ def test_without_a_gpu_it_is_refused_before_anything_is_written(settings, tmp_pa
     assert not list(tmp_path.glob("r"))
 
 
+def test_bf16_is_refused_on_a_card_that_emulates_it(settings, tmp_path, monkeypatch):
+    """A T4 or V100 as torch describes it: sm_75, sm_70."""
+    asked = []
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    unread = {**settings, "data.train": str(tmp_path / "none"), "data.validation": str(tmp_path / "none")}
+    with pytest.raises(UserError, match="Tesla T4 has no bf16.*ds_configs/zero2_fp16.json"):
+        loop.train(load(unread), bf16)
+    assert asked == [torch.device("cuda", 0)] and not list(tmp_path.glob("r"))
+    for allowed in (FP16, {"zero_optimization": {"stage": 1}}):  # these come as far as the data, which are not there
+        with pytest.raises(UserError, match="none"):
+            loop.train(load(unread), allowed)
+
+
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.usefixtures("group")
 def test_it_resumes_to_the_same_bits_with_its_scale(settings, tmp_path):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import weakref
 
 import numpy as np
 import pytest
 
 from minillm.data.loader import BatchLoader
 from minillm.data.stream import build_stream
+from minillm.training import loop
 from minillm.training.engine import NonFiniteError
 from minillm.training.recovery import SkippedBatches, spike_threshold
 from minillm.utils.errors import UserError
@@ -94,12 +96,24 @@ def test_a_skipped_update_leaves_no_trace(settings, tmp_path, deepspeed):
     assert same_bits(checkpoint(tmp_path / "broken", STEPS), checkpoint(tmp_path / "r", STEPS))
 
 
-def test_rolling_back_goes_past_the_batches_since_the_checkpoint(settings, tmp_path, capsys):
-    fewer = {"faults.spike_deviations": 0.8}  # 40 times back; at JITTERY's 0.5 it is 79
+def test_rolling_back_goes_past_the_batches_since_the_checkpoint(settings, tmp_path, capsys, monkeypatch):
+    """And there is never a second engine in memory beside the first."""
+    masters, alive = [], []
+
+    def build_engine(*arguments):
+        alive.append(sum(master() is not None for master in masters))
+        engine = real_build_engine(*arguments)
+        masters.append(weakref.ref(engine.optimizer.single_partition_of_fp32_groups[0]))
+        return engine
+
+    real_build_engine = loop.build_engine
+    monkeypatch.setattr(loop, "build_engine", build_engine)
+    fewer = {"faults.spike_deviations": 0.8, "faults.spike_window": 12}  # at JITTERY's own values 79 times back
     rolling = {**settings, **JITTERY, **fewer, "faults.on_loss_spike": "rollback", "faults.max_recoveries": 1000}
     assert train(rolling) == 0
     left_out = json.loads((tmp_path / "r" / "skipped.json").read_text())
     assert left_out and len(losses(tmp_path / "r")) == STEPS
+    assert len(alive) > 2 and set(alive) == {0}
     assert "back to step" in capsys.readouterr().err
     told = tmp_path / "told"
     told.mkdir()

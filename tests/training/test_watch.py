@@ -32,7 +32,7 @@ def start_ranks(settings: dict, folder: Path) -> list[subprocess.Popen]:
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
         log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115 (the child keeps it)
         command = [sys.executable, str(ROOT / "tests" / "training" / "worker.py"), str(folder / "cases.json")]
-        ranks.append(subprocess.Popen(command, env={**environment(), **own}, stdout=log, stderr=log, cwd=ROOT))
+        ranks.append(subprocess.Popen(command, env={**environment(ranks=2), **own}, stdout=log, stderr=log, cwd=ROOT))
     return ranks
 
 

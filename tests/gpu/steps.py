@@ -1,0 +1,180 @@
+"""Optimizer steps of the real engine on one GPU: speed, MFU and peak memory of a model and a way to train it.
+
+    python -m tests.gpu.steps ROW [--steps N] [--tiny] [--profile FILE]     (--list names the rows)
+
+Contract: the engine is the trainer's own (build_engine, run_step); rows of random tokens, cut into documents of 170
+tokens on average as packed text is. The last line is `RESULT {...}`, in the form that `minillm.plan --calibrate` reads.
+Without a GPU it needs --tiny, which is for trying the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minillm.accounting import flops_per_token
+from minillm.config import RunConfig
+from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.presets import PRESETS
+from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
+from minillm.training.engine import build_engine, process_group, run_step
+from minillm.training.metrics import peak_flops
+from minillm.training.planning import Setup, memory
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM = 2  # steps before the clock starts: optimizer state, and graphs of shapes that vary
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: a preset with changed fields, a file of ds_configs, micro-batch and accumulation."""
+
+    preset: str
+    json_file: str
+    micro: int
+    micro_steps: int
+    compile: bool
+    checkpointing: bool = False
+    length: int = 512
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+# As many active parameters as moe-876m, with one MLP as wide as its four experts together.
+DENSE_OF_MOE = {"mlp_layer_types": None, "num_experts": None, "num_experts_per_tok": None,
+                "moe_intermediate_size": None, "intermediate_size": 16384, "router_type": "softmax",
+                "router_importance_loss_coef": 0.0, "router_aux_loss_coef": 0.0}  # fmt: skip
+ROWS = {
+    "dense-26m": Row("dense-26m", "zero1", 32, 2, True),
+    "dense-171m": Row("dense-171m", "zero1", 16, 2, True),
+    "dense-171m-eager": Row("dense-171m", "zero1", 16, 2, False),
+    "dense-171m-micro-64": Row("dense-171m", "zero1", 64, 1, True),
+    "dense-171m-checkpointed": Row("dense-171m", "zero1", 64, 1, True, checkpointing=True),
+    "dense-171m-heads-of-64": Row("dense-171m", "zero1", 16, 2, True, fields={
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}),
+    "moe-876m": Row("moe-876m", "zero1", 8, 4, True),
+    "moe-876m-eager": Row("moe-876m", "zero1", 8, 4, False),
+    "moe-876m-zero2": Row("moe-876m", "zero2", 8, 4, True),
+    "moe-876m-micro-32": Row("moe-876m", "zero1", 32, 1, True),
+    "dense-of-moe-876m": Row("moe-876m", "zero1", 32, 1, True, fields=DENSE_OF_MOE),
+    "qwen3-next-mini": Row("qwen3-next-mini", "zero1", 16, 1, False),
+    "qwen3-next-mini-compiled": Row("qwen3-next-mini", "zero1", 16, 1, True),
+    "deepseek-v3-mini": Row("deepseek-v3-mini", "zero1", 16, 1, True),
+}  # fmt: skip
+
+
+def batches(fields: dict, row: Row, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """`micro_steps` times the same packed rows."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, fields["vocab_size"], (row.micro, row.length), generator=generator)
+    documents = (torch.rand(ids.shape, generator=generator) < 1 / 170).long().cumsum(1)
+    begins = torch.cat((torch.ones(row.micro, 1, dtype=torch.bool), documents[:, 1:] != documents[:, :-1]), 1)
+    place = torch.arange(row.length).expand(row.micro, -1)
+    positions = place - torch.where(begins, place, 0).cummax(1).values
+    one = {"input_ids": ids, "shift_labels": ids, "document_ids": documents, "position_ids": positions}
+    if "document_borders" in inspect.signature(inspect.unwrap(MiniLLMForCausalLM.forward)).parameters:
+        from minillm.data.loader import document_borders
+
+        one["document_borders"] = torch.from_numpy(document_borders(documents.numpy()))
+    return [{name: tensor.to(device) for name, tensor in one.items()} for _ in range(row.micro_steps)]
+
+
+def tiny(fields: dict, row: Row) -> tuple[dict, Row]:
+    """Two layers (the last of each kind), a small vocabulary and micro-batch."""
+    fields = {**fields, "num_hidden_layers": 2, "vocab_size": 512}
+    for name in ("layer_types", "mlp_layer_types"):
+        fields[name] = (fields[name] or [])[-2:] or None
+    return fields, Row(**{**vars(row), "micro": 2, "length": 64, "fields": {}})
+
+
+def measure(name: str, steps: int, small: bool, profile: str | None) -> dict[str, object]:
+    """What came out, in the form of the file's header; `error` where it could not be run."""
+    row = ROWS[name]
+    fields = {**PRESETS[row.preset], **row.fields}
+    if small:
+        fields, row = tiny(fields, row)
+    batch, gpu = row.micro * row.micro_steps, torch.cuda.is_available()
+    run = RunConfig.model_validate({"train": {
+        "max_steps": 1, "train_batch_size": batch, "train_micro_batch_size_per_gpu": row.micro,
+        "compile": row.compile, "gradient_checkpointing": row.checkpointing,
+    }})  # fmt: skip
+    run.model.moe_backend, run.model.expert_parallel_size = "torch", 1
+    path = ROOT / "ds_configs" / f"{row.json_file}.json"
+    values, problems = resolve_deepspeed_config(read_deepspeed_json(path), run, 1, path.name)
+    assert not problems, problems
+    with torch.device("cuda" if gpu else "cpu"):
+        model = MiniLLMForCausalLM(MiniLLMConfig(**fields))
+    engine = build_engine(model, run, values)
+    data, tokens, times = batches(fields, row, engine.device), batch * row.length, []
+    for step in range(WARM + steps):
+        if step == WARM and gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = run_step(engine, data, tokens, 1e-4)  # it ends with the gradient's norm, read from the device
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    took = statistics.median(times[WARM:])
+    mfu = flops_per_token(fields, row.length) * tokens / took / peak_flops(torch.bfloat16)[0]
+    setup = Setup(fields, values, 1, "torch", 1, batch, row.length, row.micro, row.checkpointing)
+    found = {
+        "name": name, "preset": row.preset, "ds_config": row.json_file, "micro": row.micro,
+        "micro_steps": row.micro_steps, "length": row.length, "compile": row.compile,
+        "checkpointing": row.checkpointing, "tokens_per_s": round(tokens / took), "step_seconds": round(took, 5),
+        "first_step_seconds": round(times[0], 2), "mfu": round(mfu, 4),
+        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+        "planned_bytes": round(memory(setup).allocated), "loss": round(result.loss, 4), "error": None,
+    }  # fmt: skip
+    if profile:
+        found |= profiled(lambda: run_step(engine, data, tokens, 1e-4), profile, took)
+    engine.destroy()
+    return found
+
+
+def profiled(step, path: str, seconds: float) -> dict[str, object]:
+    """The kernels of one step, to `path`; how much of the step the GPU works, and what was launched and waited for."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with record(activities=kinds) as trace:
+        step()
+    events = trace.key_averages()
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    Path(path).write_text(events.table(sort_by=key, row_limit=45, max_name_column_width=90))
+    counts = {event.key: event.count for event in events}
+    names = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaLaunchKernel", "cuLaunchKernel", "aten::nonzero")
+    busy = sum(event.self_device_time_total for event in events) / 1e6 / seconds
+    return {"calls": {name: counts.get(name, 0) for name in names}, "gpu_busy": round(busy, 3)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure optimizer steps on one GPU.")
+    parser.add_argument("row", nargs="?", choices=ROWS)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--profile", metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.list or not arguments.row:
+        print("\n".join(f"{name:<26}{row}" for name, row in ROWS.items()))
+        return 0
+    if not torch.cuda.is_available() and not arguments.tiny:
+        print("error: there is no GPU here; --tiny tries the script on the CPU", file=sys.stderr)
+        return 2
+    with process_group():
+        found = measure(arguments.row, arguments.steps, arguments.tiny, arguments.profile)
+    print("RESULT " + json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
