@@ -51,6 +51,7 @@ class Device(NamedTuple):
     Attributes:
         name: as CUDA has it, without the vendor.
         flops: peak FLOP/s by precision.
+        memory: bytes of it.
         memory_bandwidth: of the card's own memory, bytes/s.
         bus: bytes/s of an all-reduce's bus bandwidth (NCCL's busbw) between the cards of a node.
         link: what the bus is.
@@ -66,6 +67,7 @@ class Device(NamedTuple):
 
     name: str
     flops: dict[str, float]
+    memory: float
     memory_bandwidth: float
     bus: float
     link: str
@@ -80,18 +82,20 @@ class Device(NamedTuple):
         return self.network if self.shared else self.network * gpus_per_node
 
 
+_GIB = 2**30
 _REACHED = 0.9  # of a network's line rate, by NCCL
 _ETHERNET = (_REACHED * 25e9 / 8, "25 Gbit/s Ethernet a node", True)
 _HDR = (_REACHED * 200e9 / 8, "200 Gbit/s InfiniBand a card")
 _NDR = (_REACHED * 400e9 / 8, "400 Gbit/s InfiniBand a card")
 _PCIE, _PEER = "PCIe 4 x16, no peer-to-peer", "PCIe 4 x16, peer-to-peer"
+_PCIE_5 = "PCIe 5 x16, no peer-to-peer"
 DEVICES = {
-    "rtx3090": Device("RTX 3090", DATASHEET["RTX 3090"], 936e9, 12e9, _PCIE, 0.0, *_ETHERNET),
-    "rtx4090": Device("RTX 4090", DATASHEET["RTX 4090"], 1008e9, 12e9, _PCIE, 0.0, *_ETHERNET),
-    "rtx5090": Device("RTX 5090", DATASHEET["RTX 5090"], 1792e9, 24e9, "PCIe 5 x16, no peer-to-peer", 0.0, *_ETHERNET),
-    "a6000": Device("A6000", DATASHEET["A6000"], 768e9, 20e9, _PEER, 0.5, *_ETHERNET),
-    "l40s": Device("L40S", DATASHEET["L40S"], 864e9, 20e9, _PEER, 0.5, *_ETHERNET),
-    "a100": Device("A100", DATASHEET["A100"], 2039e9, 230e9, "NVLink 3", 0.8, *_HDR),
-    "h100": Device("H100", DATASHEET["H100"], 3350e9, 370e9, "NVLink 4", 0.8, *_NDR, workspace=1 << 25),
-    "h200": Device("H200", DATASHEET["H200"], 4800e9, 370e9, "NVLink 4", 0.8, *_NDR, workspace=1 << 25),
+    "rtx3090": Device("RTX 3090", DATASHEET["RTX 3090"], 24 * _GIB, 936e9, 12e9, _PCIE, 0.0, *_ETHERNET),
+    "rtx4090": Device("RTX 4090", DATASHEET["RTX 4090"], 24 * _GIB, 1008e9, 12e9, _PCIE, 0.0, *_ETHERNET),
+    "rtx5090": Device("RTX 5090", DATASHEET["RTX 5090"], 32 * _GIB, 1792e9, 24e9, _PCIE_5, 0.0, *_ETHERNET),
+    "a6000": Device("A6000", DATASHEET["A6000"], 48 * _GIB, 768e9, 20e9, _PEER, 0.5, *_ETHERNET),
+    "l40s": Device("L40S", DATASHEET["L40S"], 48 * _GIB, 864e9, 20e9, _PEER, 0.5, *_ETHERNET),
+    "a100": Device("A100", DATASHEET["A100"], 80 * _GIB, 2039e9, 230e9, "NVLink 3", 0.8, *_HDR),
+    "h100": Device("H100", DATASHEET["H100"], 80 * _GIB, 3350e9, 370e9, "NVLink 4", 0.8, *_NDR, workspace=1 << 25),
+    "h200": Device("H200", DATASHEET["H200"], 141e9, 4800e9, 370e9, "NVLink 4", 0.8, *_NDR, workspace=1 << 25),
 }

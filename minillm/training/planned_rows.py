@@ -36,6 +36,8 @@ class Order:
     tokens: float | None
     price: float | None
     gpus_per_node: int = 8
+    sizes: tuple[int, ...] = (8,)
+    disk: float = 1e9  # bytes/s of checkpoints
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from minillm.accounting import flops_per_token
@@ -20,9 +21,12 @@ from minillm.config import RunConfig
 from minillm.training.deepspeed_config import precision
 from minillm.training.devices import Device
 from minillm.training.planned_activations import IMBALANCE, activations
-from minillm.training.planned_network import HOP_INSIDE, Layout, links
+from minillm.training.planned_network import HOP_BETWEEN, HOP_INSIDE, Layout, links
 from minillm.training.planned_states import (
     MASTER,
+    Buffers,
+    Group,
+    States,
     Traffic,
     Zero,
     buffers,
@@ -139,8 +143,7 @@ def memory(setup: Setup) -> Memory:
     fields, zero = setup.fields, Zero.of(setup.values)
     groups = parameter_groups(fields, setup.backend, setup.expert_parallel, setup.world_size)
     table = fields["vocab_size"] * fields["hidden_size"] if fields["tie_word_embeddings"] else 0
-    kept = max((states(groups, zero, rank) for rank in _ranks(setup)), key=lambda s: s.gradients)
-    extra = buffers(groups, zero, table)
+    kept, extra = _held(tuple(groups), zero, _ranks(setup), table)
     made = activations(fields, zero.low, setup.micro, setup.length, setup.backend, setup.expert_parallel)
     saved, again = made.saved(setup.checkpointing), made.recomputed(setup.checkpointing)
     before = kept.gradients if setup.micro_steps > 1 or zero.stage == 3 else 0
@@ -167,10 +170,17 @@ def memory(setup: Setup) -> Memory:
     )
 
 
-def _ranks(setup: Setup) -> range:
-    """Those whose states differ: at stage 2 alone, where gradients add up in the weights' type."""
+@lru_cache(maxsize=64)
+def _held(groups: tuple[Group, ...], zero: Zero, ranks: int, table: int) -> tuple[States, Buffers]:
+    """On the rank that holds most; the same for every micro-batch."""
+    kept = max((states(list(groups), zero, rank) for rank in range(ranks)), key=lambda s: s.gradients)
+    return kept, buffers(list(groups), zero, table)
+
+
+def _ranks(setup: Setup) -> int:
+    """How many hold different states: all at stage 2 where gradients add up in the weights' type, else one."""
     zero = Zero.of(setup.values)
-    return range(setup.world_size if zero.stage == 2 and zero.accumulation == zero.low else 1)
+    return setup.world_size if zero.stage == 2 and zero.accumulation == zero.low else 1
 
 
 def largest_micro_batch(setup: Setup, capacity: float) -> int:
@@ -280,14 +290,18 @@ def cost(days: float, gpus: int, price_per_gpu_hour: float) -> float:
     return 24 * days * gpus * price_per_gpu_hour
 
 
-def assumptions(device: Device, mfu: float) -> list[str]:
+def assumptions(device: Device, mfu: float, several_nodes: bool = False) -> list[str]:
     """What the numbers rest on that is not derived, a sentence each."""
+    between = (
+        f"; between nodes {device.network / 1e9:.3g} GB/s ({device.fabric}, of which NCCL reaches 90 %; --network) and "
+        f"{HOP_BETWEEN * 1e6:g} us a hop"
+    )
     return [
         f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.flops['fp32'] / 1e12:g} in "
         f"fp32 (datasheet), of which products reach {mfu:.0%} (nanochat d12 on one RTX 3090: 45 %; --mfu)",
         f"all-reduce among the cards at {device.bus / 1e9:g} GB/s of bus bandwidth ({device.link}; preflight measures "
         f"it, --bandwidth sets it), beside {device.overlap:.0%} of the arithmetic with overlap_comm (--overlap); "
-        f"{HOP_INSIDE * 1e6:g} us of latency for each hop of a ring",
+        f"{HOP_INSIDE * 1e6:g} us of latency for each hop of a ring{between if several_nodes else ''}",
         f"{CONTEXT / 2**30:g} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} of activations, logits and buffers lost to "
         f"fragmentation",
         f"offloading: {HOST_LINK / 1e9:g} GB/s to main memory for each card, {HOST_MEMORY / 1e9:g} GB/s of it for all",
