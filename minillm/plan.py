@@ -1,8 +1,9 @@
 """Memory, speed, traffic and cost of a run before the first GPU hour: `python -m minillm.plan --config NAME
-[--deepspeed JSON] [--gpus 8] [--gpu-memory 24] [section.key=value ...]`.
+[--deepspeed JSON] [--gpus 8 | 8..1024 | 8,64] [--device CARD | --calibrate RESULT] [section.key=value ...]`.
 
 Contract: no GPU and no torch; a second. Every ds_config side by side, or the one of --deepspeed in detail; the best one
-is named, with the reason. What is refused is listed with the reason. --json prints the same for machines.
+is named, with the reason. What is refused is listed with the reason. Several sizes: one line a size. --json prints the
+same for machines.
 """
 
 from __future__ import annotations
@@ -16,9 +17,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minillm.accounting import num_parameters
-from minillm.config import RunConfig, load_run_config, raise_problems, resolve_accumulation
+from minillm.config import AUTO_MICRO_BATCH, RunConfig, load_run_config, raise_problems, resolve_accumulation
+from minillm.presets import PRESETS
 from minillm.training.deepspeed_config import precision, zero_stage
 from minillm.training.devices import DEVICES
+from minillm.training.planned_growth import (
+    DISK,
+    HASHING,
+    Point,
+    growth,
+    growth_table,
+    refused_sizes,
+    seconds,
+)
+from minillm.training.planned_published import check_published, published_table
 from minillm.training.planned_rows import GIB, Order, Row, best_row, plan_json, reasons
 from minillm.training.planning import MFU, Fields, assumptions, cost, days, memory
 from minillm.training.resolve import model_fields
@@ -34,16 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
         description="Predict memory, speed, traffic and cost of a run; no GPU needed.",
         epilog="Overrides: section.key=value, for example train.gradient_checkpointing=true data.seq_len=1024",
     )  # fmt: skip
-    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="in launch/configs")
+    parser.add_argument("--config", metavar="NAME|PATH", help="in launch/configs")
     parser.add_argument("--deepspeed", metavar="JSON", help="this one in detail (default: all in ds_configs)")
-    parser.add_argument("--gpus", default="8", metavar="N", help="GPUs of the run (default 8)")
-    parser.add_argument("--gpu-memory", default="24", metavar="GIB", help="memory of one of them (default 24)")
+    parser.add_argument("--gpus", default="8", metavar="N", help="of the run (default 8); 8..1024 or 8,64: growth")
+    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="GPUs of one machine (default 8)")
+    parser.add_argument("--weak", action="store_true", help="growth with the batch per GPU kept, not the batch")
+    parser.add_argument("--gpu-memory", metavar="GIB", help="memory of one of them (default: the device's)")
     parser.add_argument("--device", default="rtx3090", help=f"{', '.join(DEVICES)} (default rtx3090)")
     parser.add_argument("--bandwidth", metavar="GB/S", help="bus bandwidth of an all-reduce among the cards")
+    parser.add_argument("--network", metavar="GB/S", help="what leaves a node, all its cards together")
+    parser.add_argument("--disk", default=f"{DISK / 1e9:g}", metavar="GB/S", help="of checkpoints (default 1)")
     parser.add_argument("--overlap", metavar="PART", help="of the arithmetic's time that traffic runs beside, 0 to 1")
     parser.add_argument("--mfu", default=str(MFU), help=f"part of the peak that products reach (default {MFU})")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on (default: the config's, where it says)")
     parser.add_argument("--price-per-gpu-hour", metavar="PRICE", help="in any currency, for the cost")
+    parser.add_argument("--check-published", action="store_true", help="what others measured against the plan")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
@@ -72,20 +89,48 @@ def read_numbers(args: argparse.Namespace) -> Order:
     if device is None:
         problems.append(f"--device {args.device}: unknown{nearest(args.device, list(DEVICES))}")
         device = DEVICES["rtx3090"]
-    bandwidth, overlap = number("--bandwidth"), number("--overlap", most=1.0, zero=True)
+    bandwidth, network = number("--bandwidth"), number("--network")
+    overlap, gpu_memory = number("--overlap", most=1.0, zero=True), number("--gpu-memory")
     if bandwidth is not None:
         device = device._replace(bus=bandwidth * 1e9, link="given")
+    if network is not None:
+        device = device._replace(network=network * 1e9, fabric="given", shared=True)
+    sizes = read_sizes(args.gpus, problems)
+    if args.weak and len(sizes) == 1:
+        problems.append("--weak: it compares sizes; name several, for example --gpus 8..64")
     order = Order(
-        gpus=int(number("--gpus", most=100_000, whole=True)),
-        gpu_memory=number("--gpu-memory") * GIB,
+        gpus=sizes[0],
+        gpu_memory=device.memory if gpu_memory is None else gpu_memory * GIB,
         device=device if overlap is None else device._replace(overlap=overlap),
         mfu=number("--mfu", most=1.0),
         tokens=number("--tokens"),
         price=number("--price-per-gpu-hour", zero=True),
+        gpus_per_node=int(number("--gpus-per-node", most=100_000, whole=True)),
+        sizes=tuple(sizes),
+        disk=number("--disk") * 1e9,
     )
     if problems:
         raise UserError("; ".join(problems))
     return order
+
+
+MOST_GPUS = 100_000
+
+
+def read_sizes(text: str, problems: list[str]) -> list[int]:
+    """`8`, `8,64,512`, or `8..1024`: 8 doubled as long as it stays at or below the last."""
+    first, dots, last = text.partition("..")
+    words = [first, last] if dots else text.split(",")
+    sizes = [int(word) for word in words if word.isdecimal() and 0 < int(word) <= MOST_GPUS]
+    if len(sizes) < len(words) or (dots and sizes[0] > sizes[1]) or sorted(set(sizes)) != sizes:
+        problems.append(
+            f"--gpus {text}: it must be a whole number above 0, at most {MOST_GPUS:,}, or several that rise "
+            f"(8,64,512), or the first and last of a range that doubles (8..1024)"
+        )
+        return [8]
+    if dots:
+        sizes = [sizes[0] << power for power in range(20) if sizes[0] << power <= sizes[1]]
+    return sizes
 
 
 MEMORY_PARTS = ("parameters", "gradients", "optimizer", "plain", "checkpointed", "logits", "buffers")
@@ -99,7 +144,7 @@ def memory_table(rows: list[Row]) -> list[str]:
     lines = [f"{head}{'peak':>7}{'largest':>9}{'host':>7}"]
     for row in rows:
         m = row.memory
-        parts = [getattr(m, part) for part in MEMORY_PARTS] + [m.fragmentation + m.context]
+        parts = [getattr(m, part) for part in MEMORY_PARTS] + [m.fragmentation + m.context + m.workspace]
         line = f"{row.name[:13]:14}{row.experts:13}{row.setup.micro:>6}" + "".join(f"{x / GIB:>8.2f}" for x in parts)
         lines.append(f"{line}{m.total / GIB:>7.2f}{row.largest or 'none':>9}{m.host / GIB:>7.2f}")
     return lines
@@ -114,10 +159,10 @@ def speed_table(rows: list[Row], order: Order, tokens: float | None) -> list[str
     lines = [head]
     for row in rows:
         s, steps = row.speed, f"{row.setup.micro} x {row.setup.micro_steps}"
-        line = f"{row.name[:13]:14}{row.experts:14}{steps:>9}{s.compute:>9.3f}{s.waiting:>9.3f}{s.update:>8.3f}"
-        line += f"{s.seconds:>8.3f}{s.tokens_per_s:>11,.0f}"
+        line = f"{row.name[:13]:14}{row.experts:14}{steps:>9}{seconds(s.compute):>9}{seconds(s.waiting):>9}"
+        line += f"{seconds(s.update):>8}{seconds(s.seconds):>8}{s.tokens_per_s:>11,.0f}"
         line += f"{(s.traffic.total - s.traffic.host) / 1e9:>9.2f}{s.traffic.host / 1e9:>9.2f}"
-        if tokens:
+        if tokens and row.fits:
             time = days(tokens, s)
             line += f"{time:>8.2f}"
             line += f"{cost(time, order.gpus, order.price):>11,.2f}" if order.price is not None else ""
@@ -165,10 +210,21 @@ def describe(name: str, run: RunConfig, fields: Fields, order: Order) -> list[st
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
     checkpointing = "with" if run.train.gradient_checkpointing else "without"
     batch = f"{run.train.train_batch_size} x {run.data.seq_len} tokens"
+    cards = order.gpus if len(order.sizes) == 1 else f"{order.sizes[0]} to {order.sizes[-1]}"
+    nodes = f", {order.gpus_per_node} a node" if order.sizes[-1] > order.gpus_per_node else ""
     return [
         f"{name}: {counts['total']:,} parameters{active}; batch {batch}, {checkpointing} checkpointing",
-        f"{order.gpus} x {order.device.name} with {order.gpu_memory / GIB:g} GiB",
+        f"{cards} x {order.device.name} with {order.gpu_memory / GIB:g} GiB{nodes}",
     ]
+
+
+def named_fields(run: RunConfig, config: str) -> tuple[str, Fields]:
+    """The architecture, and the name of its preset; the config's where that changes the preset."""
+    fields, name = model_fields(run)
+    if fields is None:  # the weights are not there yet: the shape the config names
+        fields, name = model_fields(run.model_copy(update={"model": run.model.model_copy(update={"init_from": None})}))
+    changed = name in PRESETS and fields != PRESETS[name]
+    return (Path(config).stem if changed else name), fields
 
 
 def planned_tokens(run: RunConfig, order: Order) -> float | None:
@@ -194,6 +250,8 @@ def as_json(row: Row, order: Order, tokens: float | None) -> dict[str, object]:
         "memory_bytes": {**asdict(row.memory), "allocated": row.memory.allocated, "total": row.memory.total},
         "seconds_per_step": row.speed.seconds,
         "compute_seconds": row.speed.compute,
+        "waiting_seconds_inside_nodes": row.speed.inside,
+        "waiting_seconds_between_nodes": row.speed.between,
         "waiting_seconds": row.speed.waiting,
         "update_seconds": row.speed.update,
         "tokens_per_s": row.speed.tokens_per_s,
@@ -209,18 +267,25 @@ def plan(args: argparse.Namespace) -> str:
     Raises:
         UserError: bad numbers or configurations, or a GPU too small for every one of them.
     """
+    if args.check_published:
+        records = check_published(deepspeed_dir())
+        return json.dumps(records, indent=1) if args.json else "\n".join(published_table(records))
     order = read_numbers(args)
+    if args.config is None:
+        raise UserError("--config is missing: it names a file of launch/configs, for example --config dense-171m")
     run, problems = load_run_config(args.config, args.overrides, stage="pretrain", configs_dir=configs_dir())
-    if not problems:
+    if len(order.sizes) > 1 and run is not None and run.train.train_micro_batch_size_per_gpu == "auto":
+        run.train.train_micro_batch_size_per_gpu = AUTO_MICRO_BATCH
+    elif not problems and len(order.sizes) == 1:
         try:
             resolve_accumulation(run, order.gpus)
         except UserError as error:
             problems.append(str(error))
     raise_problems(problems, args.config)
-    fields, name = model_fields(run)
-    if fields is None:  # the weights are not there yet: the shape the config names
-        fields, name = model_fields(run.model_copy(update={"model": run.model.model_copy(update={"init_from": None})}))
+    name, fields = named_fields(run, args.config)
     paths = [Path(args.deepspeed)] if args.deepspeed else sorted(deepspeed_dir().glob("*.json"))
+    if len(order.sizes) > 1:
+        return plan_growth(args, run, fields, name, paths, order)
     rows, refused = [], []
     for path in paths:
         found, not_found = plan_json(path, run, fields, order)
@@ -230,16 +295,16 @@ def plan(args: argparse.Namespace) -> str:
     if not any(row.fits or row.checkpointed for row in rows):
         least = min(memory(replace(row.setup, micro=1, checkpointing=True)).total for row in rows)
         raise UserError(
-            f"--gpu-memory {args.gpu_memory}: nothing fits on {order.gpus} GPU(s); with a micro-batch of 1 and "
-            f"train.gradient_checkpointing=true the least is {least / GIB:.1f} GiB: use more or larger GPUs, a shorter "
-            f"data.seq_len or a smaller model"
+            f"--gpu-memory {order.gpu_memory / GIB:g}: nothing fits on {order.gpus} GPU(s); with a micro-batch of 1 "
+            f"and train.gradient_checkpointing=true the least is {least / GIB:.1f} GiB: use more or larger GPUs, a "
+            f"shorter data.seq_len or a smaller model"
         )
     tokens, best = planned_tokens(run, order), best_row(rows)
     why = reasons(best, rows, order) if best else [
         "nothing fits as configured: set train.gradient_checkpointing=true, with which "
         + ", ".join(f"{row.name} {row.experts}".strip() for row in rows if row.checkpointed) + " fit"
     ]  # fmt: skip
-    rests_on = assumptions(order.device, order.mfu)
+    rests_on = assumptions(order.device, order.mfu, order.gpus > order.gpus_per_node)
     if args.json:
         return json.dumps({
             "model": name, "gpus": order.gpus, "gpu_memory_bytes": order.gpu_memory, "device": order.device.name,
@@ -262,6 +327,48 @@ def plan(args: argparse.Namespace) -> str:
         lines += _wrapped(f"best: {best.name} {best.experts}".strip() + f": {'; '.join(why)}")
     lines += ["", "assumed:", *(line for text in rests_on for line in _wrapped(f"- {text}"))]
     return "\n".join(lines)
+
+
+def plan_growth(
+    args: argparse.Namespace, run: RunConfig, fields: Fields, name: str, paths: list[Path], order: Order
+) -> str:
+    """The plan of several sizes.
+
+    Raises:
+        UserError: none of them can run.
+    """
+    points = growth(run, fields, paths, order, list(order.sizes), args.weak, order.disk)
+    if not any(point.row for point in points):
+        raise UserError("\n".join(refused_sizes(points, _wrapped)))
+    rests_on = [
+        *assumptions(order.device, order.mfu, order.sizes[-1] > order.gpus_per_node),
+        f"checkpoints: {order.disk / 1e9:g} GB/s of disk (--disk), sha256 at {HASHING / 1e9:g} GB/s; they are saved "
+        f"{'beside training' if run.checkpoint.asynchronous else 'while training waits'} (checkpoint.asynchronous)",
+    ]
+    if args.json:
+        return json.dumps({
+            "model": name, "device": order.device.name, "gpu_memory_bytes": order.gpu_memory, "weak": args.weak,
+            "gpus_per_node": order.gpus_per_node, "sizes": [point_json(point, order, run) for point in points],
+            "assumptions": rests_on,
+        }, indent=1)  # fmt: skip
+    kept = "a GPU's share of the batch is kept" if args.weak else "the batch is kept"
+    head = describe(name, run, fields, order)
+    lines = [*head, f"Growth, {'weak' if args.weak else 'strong'}: {kept}; one optimizer step:"]
+    lines += [*growth_table(points, _wrapped, planned_tokens(run, order), order.price), ""]
+    lines += _wrapped("of 1 GPU: over as many single GPUs that send nothing, whether the model fits there or not; "
+                      "compute: with the update")  # fmt: skip
+    lines += ["", "assumed:", *(line for text in rests_on for line in _wrapped(f"- {text}"))]
+    return "\n".join(lines)
+
+
+def point_json(point: Point, order: Order, run: RunConfig) -> dict[str, object]:
+    budget = planned_tokens(run, order)
+    return {
+        "gpus": point.gpus, "nodes": point.nodes, "train_batch_size": point.batch, "reason": point.reason,
+        "of_one_gpu": point.of_one, "of_node": point.of_node, "checkpoint": point.save and asdict(point.save),
+        "data_bytes_per_s_of_a_node": point.data_rate,
+        "best": point.row and as_json(point.row, replace(order, gpus=point.gpus), budget),
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

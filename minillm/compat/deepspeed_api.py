@@ -141,7 +141,7 @@ def find_overflow_by_the_norm(engine: deepspeed.DeepSpeedEngine) -> None:
     leaves the update out then.
     """
     wrapper = engine.optimizer
-    if hasattr(wrapper, "has_overflow_partitioned_grads_serial") and not wrapper.cpu_offload:
+    if engine.zero_optimization_stage() in (1, 2) and not wrapper.cpu_offload:
         wrapper.check_overflow = lambda partition_gradients=True: None
 
 

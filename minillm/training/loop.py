@@ -220,7 +220,7 @@ class Trainer:
             own = config.num_experts // run.model.expert_parallel_size
             say(f"experts: {run.model.moe_backend}, {own} of {config.num_experts} of each layer on a rank")
         self.engine = build_engine(model, run, deepspeed_config)
-        dtype = torch.bfloat16 if precision(deepspeed_config) == "bf16" else torch.float32
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(deepspeed_config), torch.float32)
         peak, origin = peak_flops(dtype)
         say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
         self.meter = Meter(flops_per_token(config.fields(), run.data.seq_len), peak, self.max_steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minillm.training.devices import DATASHEET_FLOPS
+from minillm.training.devices import datasheet_flops
 from minillm.training.state import TrainState
 from minillm.utils import distributed
 
@@ -42,16 +41,20 @@ def _seconds_of_product(a: torch.Tensor, b: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
 def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
-    """Peak of all ranks together, and where the number is from."""
+    """Peak FLOP/s of all ranks together for products of `dtype`, and where the number is from: the card's datasheet, or
+    a product of that type measured now."""
     device = distributed.default_device()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((value for key, value in DATASHEET_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+        known = datasheet_flops(name, PRECISIONS[dtype])
         if known is not None:
-            return known * distributed.world_size(), f"{name} datasheet"
+            return known * distributed.world_size(), f"{name} datasheet, {PRECISIONS[dtype]}"
     (total,) = distributed.reduce_sum([measure_matmul_flops(dtype)])
-    return total, "measured matrix product"
+    return total, f"measured matrix product, {PRECISIONS[dtype]}"
 
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -2,7 +2,7 @@
 
 Contract: stdlib only. After Korthikanti et al. (arXiv:2205.05198), section 4, with what this decoder's own modules keep
 in place of GPT's: tests hold the sum against what autograd saved. Counted are eager modules with the kernels they have
-on a GPU (attention without its matrix of weights; norms through fp32 copies); compiled modules keep less. Not counted:
+on a GPU (attention without its matrix of weights; RMSNorm in one kernel); compiled modules keep less. Not counted:
 what does not grow with tokens, and flash-linear-attention's kernels, which keep less than the chunked rule that is
 counted for gated DeltaNet. Shared-out experts are an estimate: how many rows a rank gets follows the tokens.
 
@@ -73,7 +73,7 @@ def activations(
     outside = _norm(fields, low, hidden) + low * hidden + _dropout(fields["embedding_dropout"], hidden)
     outside += 8 + 8 * (1 + modules) + 4 * (rotary_dim(fields) or 0)  # token ids, targets, angles
     # Two norms into one product, the norm of the result, and the state the loss is made of.
-    shared = 4 * hidden if low == 4 and fields["norm_type"] != "layernorm" else 0  # the decoder's own states
+    shared = low * hidden if low == 4 or fields["norm_type"] == "rmsnorm" else 0  # the decoder's own states
     outside += modules * (3 * _norm(fields, low, hidden) + 3 * low * hidden - shared)
     return Activations(
         layers=tuple(layers),
@@ -98,11 +98,12 @@ def _layer(fields: Fields, low: int, length: int, mixer: str, mlp: str, backend:
 
 
 def _norm(fields: Fields, low: int, size: int, rows: int = 1) -> int:
-    """Without its output, which the next product keeps: RMSNorm an fp32 copy of its input (at fp32 the input itself),
-    the same divided by its root mean square, and that; LayerNorm its input, mean and deviation."""
-    if fields["norm_type"] == "layernorm":
-        return low * size + 8 * rows
-    return 8 * size + 4 * rows
+    """Without its output, which the next product keeps: RMSNorm its input and 1 / root mean square; LayerNorm its input,
+    mean and deviation; the zero-centred norm, which has no kernel, an fp32 copy of its input (at fp32 the input itself),
+    the same divided by its root mean square, and that."""
+    if fields["norm_type"] == "zero_centered_rmsnorm":
+        return 8 * size + 4 * rows
+    return low * size + (8 if fields["norm_type"] == "layernorm" else 4) * rows
 
 
 def _dropout(probability: float, size: int) -> int:

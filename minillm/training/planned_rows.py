@@ -35,6 +35,9 @@ class Order:
     mfu: float
     tokens: float | None
     price: float | None
+    gpus_per_node: int = 8
+    sizes: tuple[int, ...] = (8,)
+    disk: float = 1e9  # bytes/s of checkpoints
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def plan_json(path: Path, run: RunConfig, fields: Fields, order: Order) -> tuple
         if problems:
             refused.append((path.stem, experts, "; ".join(problems)))
             continue
-        setup = Setup.of(own, fields, resolved, order.gpus)
+        setup = replace(Setup.of(own, fields, resolved, order.gpus), gpus_per_node=order.gpus_per_node,
+                        workspace=order.device.workspace)  # fmt: skip
         rows.append(plan_row(path.stem, experts, setup, order))
     return rows, refused
 

@@ -15,7 +15,7 @@ what is sent; where DeepSpeed does otherwise, it is DeepSpeed's way that is coun
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,17 @@ class States:
     host: int = 0
 
 
+MASTER = 4  # bytes of an fp32 weight
+
+
+def moment_bytes(group: Group) -> int:
+    """Bytes of an element's optimizer state beside its fp32 weight: AdamW's two fp32 moments.
+
+    The one place that knows the optimizer: memory, the update's time and a checkpoint's size ask here.
+    """
+    return 8
+
+
 def flat_size(group: Group, zero: Zero) -> int:
     """Elements of a group's flat weights at stages 1 and 2."""
     total, step = 0, 16 // math.gcd(16, zero.low) if zero.alignment else 1
@@ -172,12 +183,12 @@ def states(groups: list[Group], zero: Zero, rank: int = 0) -> States:
     """
     if zero.stage == 0:
         count, tensors = sum(map(_total, groups)), sum(len(group.sizes) for group in groups)
-        return States(4 * count, 4 * count, 8 * count + 4 * tensors)
+        return States(4 * count, 4 * count, sum(moment_bytes(g) * _total(g) for g in groups) + 4 * tensors)
     if zero.stage == 3:
         return _states_of_stage_3(groups, zero)
     flat = [flat_size(group, zero) for group in groups]
     parts = [size // group.ranks for size, group in zip(flat, groups, strict=True)]
-    optimizer = 12 * sum(parts) + 4 * len(groups)
+    optimizer = sum((MASTER + moment_bytes(g)) * part for g, part in zip(groups, parts, strict=True)) + 4 * len(groups)
     gradients = zero.accumulation * sum(map(_total, groups))
     host = 0
     if zero.stage == 2:
@@ -213,7 +224,7 @@ def _states_of_stage_3(groups: list[Group], zero: Zero) -> States:
     parts = [sum(-(-size // group.ranks) for size in group.sizes) for group in groups]
     sub_groups = sum(len(_sub_groups(group, zero.sub_group)) for group in groups)
     weights, gradients = zero.low * sum(parts), zero.accumulation * sum(parts)
-    optimizer = 12 * sum(parts) + 4 * sub_groups
+    optimizer = sum((MASTER + moment_bytes(g)) * part for g, part in zip(groups, parts, strict=True)) + 4 * sub_groups
     host = 0
     if zero.offload_optimizer:
         host, optimizer, gradients = optimizer + gradients + 4 * sum(parts), 0, 0
@@ -328,11 +339,27 @@ class Traffic:
         return self.reduce + self.gather + self.exchange + self.host
 
 
-def traffic(groups: list[Group], zero: Zero, micro_steps: int, exchange: float = 0.0) -> Traffic:
-    """Of one step; an all-reduce of S bytes among n ranks sends 2 S (n - 1) / n, a reduce-scatter or gather half."""
+def sent_in_a_ring(group: Group) -> float:
+    """The part of a reduce-scatter's or gather's bytes that each of the group's ranks sends."""
+    return (group.ranks - 1) / group.ranks
+
+
+def traffic(
+    groups: list[Group],
+    zero: Zero,
+    micro_steps: int,
+    exchange: float = 0.0,
+    share: Callable[[Group], float] = sent_in_a_ring,
+) -> Traffic:
+    """Of one step; an all-reduce of S bytes among n ranks sends 2 S (n - 1) / n, a reduce-scatter or gather half.
+
+    Args:
+        share: bytes that pass a link in a reduce-scatter of one byte of a group: a rank's in one ring by default, or
+            those of a link inside or between nodes (planned_network).
+    """
     times = micro_steps if zero.stage >= 2 else 1
     reduces = 1 if zero.stage == 3 or zero.scatter else 2
-    whole = sum(_total(g) * (g.ranks - 1) / g.ranks for g in groups)
+    whole = sum(_total(g) * share(g) for g in groups)
     reduce = times * reduces * zero.communication * whole
     parts = sum(flat_size(g, zero) // g.ranks for g in groups)
     gather = host = 0.0
@@ -343,7 +370,7 @@ def traffic(groups: list[Group], zero: Zero, micro_steps: int, exchange: float =
             if zero.stage == 2 and zero.accumulation == zero.low:
                 host += zero.low * parts * (2 * micro_steps - 1)
     elif zero.stage == 3:
-        free = sum(s * (g.ranks - 1) / g.ranks for g in groups for s in g.sizes if s > zero.persistence)
+        free = sum(s * share(g) for g in groups for s in g.sizes if s > zero.persistence)
         kept, shared = gathered(groups, zero), sum(s for g in groups if g.ranks > 1 for s in g.sizes)
         again = 1 - kept / shared if shared else 0.0
         passes = micro_steps * (1 + max(0.0, again))

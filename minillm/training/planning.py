@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from minillm.accounting import flops_per_token
@@ -20,7 +21,20 @@ from minillm.config import RunConfig
 from minillm.training.deepspeed_config import precision
 from minillm.training.devices import Device
 from minillm.training.planned_activations import IMBALANCE, activations
-from minillm.training.planned_states import Traffic, Zero, buffers, parameter_groups, states, traffic
+from minillm.training.planned_network import HOP_BETWEEN, HOP_INSIDE, Layout, links
+from minillm.training.planned_states import (
+    MASTER,
+    Buffers,
+    Group,
+    States,
+    Traffic,
+    Zero,
+    buffers,
+    moment_bytes,
+    parameter_groups,
+    states,
+    traffic,
+)
 
 Fields = Mapping[str, object]
 
@@ -29,6 +43,7 @@ CONTEXT = 0.7 * 2**30  # CUDA context, kernels and NCCL's buffers, outside PyTor
 FRAGMENTATION = 0.05  # of what is allocated anew at each step
 HOST_LINK = 12e9  # bytes/s between a card and main memory
 HOST_MEMORY = 60e9  # bytes/s of main memory, all cards together
+HANDLES = 2  # of cuBLAS: the forward pass's thread and autograd's
 RECOMPUTATION = 4 / 3  # forward once more: 8 N in place of 6 N operations
 
 
@@ -45,6 +60,8 @@ class Setup:
         micro: sequences of one forward pass on one GPU.
         checkpointing: activations are recomputed in backward.
         capacity: model.moe_capacity_factor.
+        gpus_per_node: of one machine; None: all are in one.
+        workspace: bytes of a cuBLAS handle (devices.Device).
     """
 
     fields: Fields
@@ -57,6 +74,8 @@ class Setup:
     micro: int
     checkpointing: bool
     capacity: float | None = None
+    gpus_per_node: int | None = None
+    workspace: int = 8_519_680
 
     @classmethod
     def of(cls, run: RunConfig, fields: Fields, values: dict[str, Any], world_size: int) -> Setup:
@@ -86,6 +105,7 @@ class Memory:
 
     Attributes:
         activations: as the setup has it; plain and checkpointed are the two it may choose from.
+        workspace: of cuBLAS, which PyTorch's allocator counts.
         fragmentation, context: assumptions, everything else is derived.
     """
 
@@ -97,6 +117,7 @@ class Memory:
     checkpointed: float
     logits: float
     buffers: float
+    workspace: float
     fragmentation: float
     context: float
     host: float
@@ -105,7 +126,7 @@ class Memory:
     def allocated(self) -> float:
         """What torch.cuda.max_memory_allocated would say."""
         states = self.parameters + self.gradients + self.optimizer
-        return states + self.activations + self.logits + self.buffers
+        return states + self.activations + self.logits + self.buffers + self.workspace
 
     @property
     def total(self) -> float:
@@ -122,8 +143,7 @@ def memory(setup: Setup) -> Memory:
     fields, zero = setup.fields, Zero.of(setup.values)
     groups = parameter_groups(fields, setup.backend, setup.expert_parallel, setup.world_size)
     table = fields["vocab_size"] * fields["hidden_size"] if fields["tie_word_embeddings"] else 0
-    kept = max((states(groups, zero, rank) for rank in _ranks(setup)), key=lambda s: s.gradients)
-    extra = buffers(groups, zero, table)
+    kept, extra = _held(tuple(groups), zero, _ranks(setup), table)
     made = activations(fields, zero.low, setup.micro, setup.length, setup.backend, setup.expert_parallel)
     saved, again = made.saved(setup.checkpointing), made.recomputed(setup.checkpointing)
     before = kept.gradients if setup.micro_steps > 1 or zero.stage == 3 else 0
@@ -143,16 +163,24 @@ def memory(setup: Setup) -> Memory:
         checkpointed=made.saved(True) + made.recomputed(True),
         logits=logits,
         buffers=held,
+        workspace=HANDLES * setup.workspace,
         fragmentation=FRAGMENTATION * (acts + logits + held),
         context=CONTEXT,
         host=kept.host,
     )
 
 
-def _ranks(setup: Setup) -> range:
-    """Those whose states differ: at stage 2 alone, where gradients add up in the weights' type."""
+@lru_cache(maxsize=64)
+def _held(groups: tuple[Group, ...], zero: Zero, ranks: int, table: int) -> tuple[States, Buffers]:
+    """On the rank that holds most; the same for every micro-batch."""
+    kept = max((states(list(groups), zero, rank) for rank in range(ranks)), key=lambda s: s.gradients)
+    return kept, buffers(list(groups), zero, table)
+
+
+def _ranks(setup: Setup) -> int:
+    """How many hold different states: all at stage 2 where gradients add up in the weights' type, else one."""
     zero = Zero.of(setup.values)
-    return range(setup.world_size if zero.stage == 2 and zero.accumulation == zero.low else 1)
+    return setup.world_size if zero.stage == 2 and zero.accumulation == zero.low else 1
 
 
 def largest_micro_batch(setup: Setup, capacity: float) -> int:
@@ -185,17 +213,24 @@ class Speed:
 
     Attributes:
         compute: products, at the assumed part of the peak.
-        waiting: for traffic that nothing hides.
+        inside, between: waiting for traffic inside nodes and between them that nothing hides.
+        host: waiting for traffic between cards and main memory.
         update: of the optimizer's states.
         traffic: what one GPU sends.
         tokens: of the batch.
     """
 
     compute: float
-    waiting: float
+    inside: float
+    between: float
+    host: float
     update: float
     traffic: Traffic
     tokens: int
+
+    @property
+    def waiting(self) -> float:
+        return self.inside + self.between + self.host
 
     @property
     def seconds(self) -> float:
@@ -215,22 +250,35 @@ def speed(setup: Setup, device: Device, mfu: float = MFU) -> Speed:
     """
     zero = Zero.of(setup.values)
     groups = parameter_groups(setup.fields, setup.backend, setup.expert_parallel, setup.world_size)
-    sent = traffic(groups, zero, setup.micro_steps, setup.micro_steps * exchanged(setup))
+    exchange = setup.micro_steps * exchanged(setup)
+    sent = traffic(groups, zero, setup.micro_steps, exchange)
+    layout = Layout.of(setup.world_size, setup.gpus_per_node)
+    taken = links(groups, zero, setup.micro_steps, exchange, setup.expert_parallel, layout, device)
     tokens, elements = setup.batch * setup.length, sum(sum(group.sizes) for group in groups)
     work = flops_per_token(setup.fields, setup.length) * tokens / setup.world_size
     work *= RECOMPUTATION if setup.checkpointing else 1
     compute = work / (mfu * device.flops[precision(setup.values)])
-    reduce, gather, exchange = sent.reduce / device.bus, sent.gather / device.bus, sent.exchange / device.bus
+    reduce, gather = sum(taken.reduce), sum(taken.gather)
     if zero.overlap:
         beside = device.overlap * compute / (1 if zero.stage >= 2 else setup.micro_steps)
         last = reduce * min(1.0, zero.reduce_bucket / elements)
         reduce = max(last, reduce - 2 / 3 * beside)
         gather = max(0.0, gather - 1 / 3 * beside) if zero.stage == 3 else gather
-    # AdamW reads and writes the masters and both moments, and reads the gradient.
-    kept = sum(sum(group.sizes) / (group.ranks if zero.stage else 1) for group in groups)
+    seen = [_part(reduce, sum(taken.reduce)), _part(gather, sum(taken.gather)), 1.0]
+    near, far = (
+        sum(part * times[place] for part, times in zip(seen, (taken.reduce, taken.gather, taken.exchange), strict=True))
+        for place in (0, 1)
+    )
+    # The optimizer reads and writes the masters and its moments, and reads the gradient.
+    bytes_ = [2 * (MASTER + moment_bytes(group)) + 4 + zero.low for group in groups]
+    kept = [sum(group.sizes) / (group.ranks if zero.stage else 1) for group in groups]
     rate = HOST_MEMORY / setup.world_size if zero.offload_optimizer else device.memory_bandwidth
-    update = (2 * 12 + 4 + zero.low) * kept / rate
-    return Speed(compute, reduce + gather + exchange + sent.host / HOST_LINK, update, sent, tokens)
+    update = sum(size * number for size, number in zip(bytes_, kept, strict=True)) / rate
+    return Speed(compute, near, far, sent.host / HOST_LINK, update, sent, tokens)
+
+
+def _part(seen: float, whole: float) -> float:
+    return seen / whole if whole else 0.0
 
 
 def days(tokens: float, speed: Speed) -> float:
@@ -242,13 +290,18 @@ def cost(days: float, gpus: int, price_per_gpu_hour: float) -> float:
     return 24 * days * gpus * price_per_gpu_hour
 
 
-def assumptions(device: Device, mfu: float) -> list[str]:
+def assumptions(device: Device, mfu: float, several_nodes: bool = False) -> list[str]:
     """What the numbers rest on that is not derived, a sentence each."""
+    between = (
+        f"; between nodes {device.network / 1e9:.3g} GB/s ({device.fabric}, of which NCCL reaches 90 %; --network) and "
+        f"{HOP_BETWEEN * 1e6:g} us a hop"
+    )
     return [
-        f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.fp32_flops / 1e12:g} in "
+        f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.flops['fp32'] / 1e12:g} in "
         f"fp32 (datasheet), of which products reach {mfu:.0%} (nanochat d12 on one RTX 3090: 45 %; --mfu)",
         f"all-reduce among the cards at {device.bus / 1e9:g} GB/s of bus bandwidth ({device.link}; preflight measures "
-        f"it, --bandwidth sets it), beside {device.overlap:.0%} of the arithmetic where overlap_comm is on (--overlap)",
+        f"it, --bandwidth sets it), beside {device.overlap:.0%} of the arithmetic with overlap_comm (--overlap); "
+        f"{HOP_INSIDE * 1e6:g} us of latency for each hop of a ring{between if several_nodes else ''}",
         f"{CONTEXT / 2**30:g} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} of activations, logits and buffers lost to "
         f"fragmentation",
         f"offloading: {HOST_LINK / 1e9:g} GB/s to main memory for each card, {HOST_MEMORY / 1e9:g} GB/s of it for all",

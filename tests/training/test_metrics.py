@@ -1,11 +1,16 @@
-"""The meter on a clock that the test moves: what is left and how fast it goes, of the last minute of steps."""
+"""The meter on a clock that the test moves: what is left and how fast it goes, of the last minute of steps; and the
+peak that MFU is a part of, by card and precision (values from NVIDIA's datasheets, dense, without TF32)."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from minillm.training.metrics import Meter, progress_line
+from minillm.training import metrics
+from minillm.training.devices import datasheet_flops
+from minillm.training.metrics import Meter, peak_flops, progress_line
 from minillm.training.state import TrainState
+from minillm.utils import distributed
 
 STEPS = 2000
 
@@ -94,3 +99,58 @@ def test_the_sums_stay_those_of_the_window(meter, clock):
     seconds, tokens = sum(meter.recent_seconds), sum(range(5000 - len(meter.recent_seconds), 5000))
     assert 60.0 <= seconds < 62.0
     assert meter.recent()["tokens_per_s"] == pytest.approx(tokens / seconds, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "card, precision, peak",
+    [
+        ("NVIDIA GeForce RTX 3090", "bf16", 71e12),
+        ("NVIDIA GeForce RTX 3090", "fp32", 35.6e12),
+        ("NVIDIA GeForce RTX 3090 Ti", "fp16", 80e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", 19.5e12),  # not 156e12: PyTorch multiplies fp32 without TF32
+        ("NVIDIA A10G", "bf16", 70e12),
+        ("NVIDIA A10", "bf16", 125e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA RTX A6000", "bf16", 154.8e12),
+        ("NVIDIA RTX 6000 Ada Generation", "bf16", 364.2e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA GH200 480GB", "bf16", 989e12),
+        ("Tesla T4", "fp16", 65e12),
+        ("Tesla T4", "bf16", None),  # no units for it
+        ("Tesla V100-SXM2-16GB", "fp16", 125e12),
+        ("Tesla V100-PCIE-16GB", "fp16", 112e12),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", "bf16", None),  # other chips under the name of a listed one
+        ("NVIDIA GeForce RTX 4080 SUPER", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA GeForce GTX 1080", "fp32", None),
+    ],
+)
+def test_a_cards_peak_is_its_datasheets_in_the_precision_of_the_run(card, precision, peak):
+    assert datasheet_flops(card, precision) == peak
+
+
+@pytest.mark.parametrize("dtype, peak", [(torch.bfloat16, 312e12), (torch.float16, 312e12), (torch.float32, 19.5e12)])
+def test_the_peak_of_a_known_gpu_follows_the_precision(dtype, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    flops, origin = peak_flops(dtype)
+    assert flops == peak * distributed.world_size() and "NVIDIA A100-SXM4-40GB datasheet" in origin
+
+
+@pytest.mark.parametrize("card, dtype", [("Tesla T4", torch.bfloat16), ("Some GPU", torch.float16)])
+def test_the_peak_of_other_gpus_is_a_product_in_the_runs_own_type(card, dtype, monkeypatch):
+    """The product itself needs the GPU that this test has not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda asked: {dtype: 5e12}[asked])
+    monkeypatch.setattr(distributed, "reduce_sum", lambda values: values)
+    flops, origin = peak_flops(dtype)
+    assert flops == 5e12 and origin.startswith("measured matrix product")
+
+
+def test_the_peak_of_a_cpu_is_measured(group):
+    flops, origin = peak_flops(torch.float32)
+    assert 1e9 < flops < 1e14 and origin == "measured matrix product, fp32"
