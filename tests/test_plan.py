@@ -21,9 +21,8 @@ from minillm import plan
 from minillm.accounting import flops_per_token, num_parameters, parameter_shapes
 from minillm.architecture import DEFAULTS
 from minillm.config import RunConfig
-from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
+from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, normalization
 from minillm.models import linear as model_linear
-from minillm.models import normalization
 from minillm.presets import PRESETS
 from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
 from minillm.training.devices import DEVICES

@@ -98,9 +98,9 @@ def _layer(fields: Fields, low: int, length: int, mixer: str, mlp: str, backend:
 
 
 def _norm(fields: Fields, low: int, size: int, rows: int = 1) -> int:
-    """Without its output, which the next product keeps: RMSNorm its input and 1 / root mean square; LayerNorm its input,
-    mean and deviation; the zero-centred norm, which has no kernel, an fp32 copy of its input (at fp32 the input itself),
-    the same divided by its root mean square, and that."""
+    """Without its output, which the next product keeps: RMSNorm its input and 1 / root mean square; LayerNorm its
+    input, mean and deviation; the zero-centred norm, which has no kernel, an fp32 copy of its input (at fp32 the input
+    itself), the same divided by its root mean square, and that."""
     if fields["norm_type"] == "zero_centered_rmsnorm":
         return 8 * size + 4 * rows
     return low * size + (8 if fields["norm_type"] == "layernorm" else 4) * rows
