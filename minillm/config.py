@@ -73,7 +73,7 @@ class TrainSection(Section):
         "to 64, as many as it holds by plan",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    compile: bool = Field(False, description="torch.compile the model (about a minute at the start)")
+    compile: bool = Field(False, description="torch.compile the layers and the loss (half a minute at the start)")
     deterministic: bool = Field(
         False, description="on CUDA take kernels that repeat to the last bit, slower ones; CPUs always do"
     )

@@ -276,7 +276,7 @@ def _part_backward(saved: tuple[torch.Tensor, ...], d_output: torch.Tensor, d_st
     d_outgoing *= outgoing
     d_sums -= d_outgoing
     d_sums[..., -1:, :] += d_outgoing.sum(-2, keepdim=True) + d_kept * kept
-    d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
+    d_g = _running_sum(d_sums.flip(-2)).flip(-2)
     # q and k: by the reads, the scores, the written updates, and last through their norms.
     d_qk = d_reads @ states.mT + d_scores @ k  # [p, M, 2C, H]
     d_qk[:, :, size:] += d_scores.mT @ qk
@@ -311,7 +311,7 @@ def _decays(g: torch.Tensor, segments: torch.Tensor | None, batch: int, size: in
     """
     g = g.clamp(min=-FORGOTTEN)
     whole = g.round()
-    fraction, whole = (g - whole).cumsum(-2), whole.cumsum(-2)
+    fraction, whole = _running_sum(g - whole), _running_sum(whole)
     incoming = _exp(whole + fraction)
     outgoing = _exp((whole[..., -1:, :] - whole).add_(fraction[..., -1:, :] - fraction))
     kept = incoming[..., -1:, :]
@@ -327,6 +327,13 @@ def _decays(g: torch.Tensor, segments: torch.Tensor | None, batch: int, size: in
         for x, same in ((incoming, segments == begin), (outgoing, segments == end), (kept, end == begin))
     )
     return whole, fraction, incoming, outgoing, kept, segments == segments.mT
+
+
+def _running_sum(x: torch.Tensor) -> torch.Tensor:
+    """Along the last dimension but one; on CUDA cumsum adds up in an order that changes."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return x.new_ones(x.shape[-2], x.shape[-2]).tril() @ x
+    return x.cumsum(-2)
 
 
 def _decays_of(part: slice, decays: tuple[torch.Tensor | None, ...], batch: int) -> list[torch.Tensor]:
