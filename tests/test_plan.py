@@ -240,8 +240,9 @@ def test_peak_memory_is_that_of_a_gpu(group, stage, checkpointing):
     values, problems = resolve_deepspeed_config(given, run, 1, "the test's JSON")
     assert not problems
     setup = Setup(PRESETS["dense-26m"], values, 1, "torch", 1, 16, 512, 8, checkpointing)
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    setup = replace(setup, workspace=DEVICES["h100" if hopper else "rtx3090"].workspace)
+    square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    (square @ square).sum().backward()  # cuBLAS's workspaces are there, and not measured
+    setup = replace(setup, workspace=0)
     gc.collect()  # earlier engines: DeepSpeed's objects refer to each other
     before = torch.cuda.memory_allocated()
     engine = build_engine(MiniLLMForCausalLM(MiniLLMConfig(**PRESETS["dense-26m"])), run, values)

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillm.config import load_run_config
+from minillm.preflight import machine
 from minillm.preflight.checks import Plan, presence_row, run_rows
 from minillm.preflight.child import Outcome, run_child
 from minillm.preflight.disk import disk_row
@@ -243,6 +245,14 @@ def test_versions_that_differ_are_named_with_rank_and_host():
         "torch: 2.13.0 on ranks 0, 1 (one); 2.12.0 on ranks 2, 3 (two)",
         "NCCL: 2.28.9 on ranks 0, 1 (one); 2.27.0 on ranks 2, 3 (two)",
     ]
+
+
+def test_the_row_of_the_driver_needs_no_private_name_of_torch(monkeypatch):
+    """torch 2.11 with CUDA has no torch._C._cuda_getDriverVersion."""
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    row = machine.cuda_row("580.159.04")
+    assert row.verdict == "ok"
+    assert "driver 580.159.04" in row.found and row.found.endswith(f"CUDA {torch.version.cuda}, NCCL 2.28.3")
 
 
 def test_clock_offset_takes_the_quickest_round_trip():

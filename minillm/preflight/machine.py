@@ -7,6 +7,7 @@ is timed out there. What belongs to a machine is looked at by its first rank onl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -130,11 +131,20 @@ def gpu_row(precision: str | None) -> Row:
 
 def cuda_row(driver: str | None) -> Row:
     """The driver, what torch was built with, and NCCL."""
-    speaks = torch._C._cuda_getDriverVersion()
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    found = f"driver {driver or 'unknown'} (CUDA up to {speaks // 1000}.{speaks % 1000 // 10}), "
+    found = f"driver {driver or 'unknown'}{_newest_cuda()}, "
     found += f"torch {torch.__version__} built with CUDA {torch.version.cuda}, NCCL {nccl}"
     return Row("CUDA", OK, found, values={"driver": driver, "cuda": torch.version.cuda, "nccl": nccl})
+
+
+def _newest_cuda() -> str:
+    """What the driver's own library says it can run, in brackets; nothing where it does not answer."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return ""
+    return "" if status else f" (CUDA up to {version.value // 1000}.{version.value % 1000 // 10})"
 
 
 def cpu_row(precision: str | None, ranks_on_host: int) -> Row:
