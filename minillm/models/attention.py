@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.models.cpu_attention import attend_documents, attend_on_cpu, splits_documents
 from minillm.models.linear import Linear, should_widen
 from minillm.models.normalization import build_norm
 from minillm.models.positions import apply_rotary
@@ -35,7 +36,8 @@ if "window_size" not in _VARLEN_OPTIONS:
 class PackedDocuments(NamedTuple):
     """A mask as borders: causal attention within documents that lie end to end in the rows of a batch.
 
-    Made only where the variable-length kernel may run, which skips what a dense mask would compute and drop.
+    Made where documents can be attended to one by one, without what a dense mask would compute and drop: by the
+    variable-length kernel on CUDA, and on the CPU.
     """
 
     # int32 [documents + 1], where they begin in the flattened batch, and at the end its length (which may come several
@@ -93,9 +95,11 @@ def attend(
     if isinstance(mask, PackedDocuments):
         if _kernel_takes(query, value, dropout):
             return _attend_packed(query, key, value, mask, scale)
+        if query.device.type == "cpu" and mask.window is None and mask.borders is not None:
+            return attend_documents(query, key, value, mask.borders, dropout, scale).to(dtype)
         mask = mask.dense(query.shape[0], query.shape[2], query.device)
     if query.device.type == "cpu":
-        output = _attend_on_cpu(query, key, value, mask, window, dropout_p=dropout, scale=scale)
+        output = attend_on_cpu(query, key, value, mask, window, dropout_p=dropout, scale=scale)
     elif mask is None:
         shared = query.shape[1] != key.shape[1]
         output = F.scaled_dot_product_attention(
@@ -112,44 +116,6 @@ def attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return output.to(dtype)
-
-
-def _attend_on_cpu(query, key, value, mask: torch.Tensor | None, window: int | None, **options) -> torch.Tensor:
-    options["enable_gqa"] = query.shape[1] != key.shape[1]
-    value_dim, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
-    if missing > 0:
-        # The CPU's flash kernel wants one width. Forward + backward of 4 x 512 tokens, 12 heads of 96 and 64, one
-        # core: 300 ms with zeros appended, 480 ms without.
-        value = F.pad(value, (0, missing))
-    if mask is None:
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, **options)
-    elif mask.shape[2] == mask.shape[3]:
-        output = _attend_in_blocks(query, key, value, mask, window, **options)
-    else:
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
-    return output[..., :value_dim] if missing > 0 else output
-
-
-def _attend_in_blocks(query, key, value, mask: torch.Tensor, window: int | None, **options) -> torch.Tensor:
-    """Masked attention over T == S, a block of queries at a time against the keys that the block can see.
-
-    Every mask here is causal, and SDPA does not know it: whole-square attention computes the upper triangle for
-    nothing, and with a window most of the lower one. Forward + backward of 4 x 512 tokens, 8/2 heads of 64, fp32, one
-    core: 104 ms whole, 83 ms in blocks; of 1 x 2048 tokens 400 and 235 ms.
-    """
-    length = query.shape[2]
-    block = max(128, length // 8 if window is None else min(length // 8, window))
-    outputs = []
-    for begin in range(0, length, block):
-        end = min(length, begin + block)
-        first = 0 if window is None else max(0, begin - window + 1)
-        rows = mask[:, :, begin:end, first:end]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], attn_mask=rows, **options
-            )
-        )
-    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def _kernel_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
@@ -279,6 +245,11 @@ def build_attention_mask(
         if document_ids is not None and document_borders is None:
             document_borders = document_borders_of(document_ids)
         return PackedDocuments(document_borders, sliding_window)
+    if attention_mask is None and cache is None and document_ids is not None and in_window and device.type == "cpu":
+        if document_borders is None and not torch.compiler.is_compiling():
+            document_borders = document_borders_of(document_ids)
+        if splits_documents(document_borders):
+            return PackedDocuments(document_borders)
     queries = torch.arange(num_cached, num_cached + length, device=device)[:, None]
     keys = torch.arange(offset, offset + num_keys, device=device)[None, :]
     mask = (keys <= queries)[None, None]  # [1, 1, T, S]
