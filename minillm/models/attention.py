@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from minillm.models.configuration_minillm import MiniLLMConfig
-from minillm.models.cpu_attention import attend_documents, attend_on_cpu, splits_documents
+from minillm.models.cpu_attention import attend_documents, attend_on_cpu, is_causal, splits_documents
 from minillm.models.linear import Linear, should_widen
 from minillm.models.normalization import build_norm
 from minillm.models.positions import apply_rotary
@@ -103,7 +103,7 @@ def attend(
     elif mask is None:
         shared = query.shape[1] != key.shape[1]
         output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=query.shape[2] > 1, enable_gqa=shared, dropout_p=dropout, scale=scale
+            query, key, value, is_causal=is_causal(query), enable_gqa=shared, dropout_p=dropout, scale=scale
         )
     elif query.shape[2] == 1 and query.shape[1] != key.shape[1]:
         # One token: query heads that share a key head are rows of one product, and nothing is repeated.

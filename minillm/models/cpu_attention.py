@@ -19,6 +19,14 @@ FEWEST_TOKENS = 32  # a document on average: below, calls cost more than the mas
 MOST_TOKENS = 512  # of a document whose [n, n] weights are kept for backward
 
 
+def is_causal(query: torch.Tensor) -> bool:
+    """Whether several queries [B, N, T, H] need a causal mask; a branch, because the compiler's own truth of a length
+    that varies is nothing that SDPA takes."""
+    if query.shape[2] > 1:
+        return True
+    return False
+
+
 def attend_on_cpu(query, key, value, mask: torch.Tensor | None, window: int | None, **options) -> torch.Tensor:
     """attention.attend without PackedDocuments; `options` are scaled_dot_product_attention's dropout_p and scale."""
     options["enable_gqa"] = query.shape[1] != key.shape[1]
@@ -28,7 +36,7 @@ def attend_on_cpu(query, key, value, mask: torch.Tensor | None, window: int | No
         # core: 300 ms with zeros appended, 480 ms without.
         value = F.pad(value, (0, missing))
     if mask is None:
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, **options)
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal(query), **options)
     elif mask.shape[2] == mask.shape[3]:
         output = _attend_in_blocks(query, key, value, mask, window, **options)
     else:

@@ -57,3 +57,24 @@ def test_layers_of_a_kind_share_a_graph(preset):
     before = counters["stats"]["unique_graphs"]
     model(ids, labels=ids, document_ids=documents, num_items_in_batch=torch.tensor(99)).loss.backward()
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("preset", ["llama3-mini", pytest.param("qwen3-next-mini", marks=pytest.mark.slow)])
+def test_rows_of_many_lengths_need_few_graphs(preset):
+    """As fine-tuning has them: a graph of the first length, one of any, and for validation one of any."""
+    model = toy_model(preset, max_position_embeddings=512).train()
+    kinds = len({(layer.layer_type, layer.is_sparse) for layer in model.model.layers})
+    model.compile_regions(backend="aot_eager")
+
+    def call(length: int) -> torch.Tensor:
+        ids = torch.randint(0, 101, (2, length))
+        return model(ids, labels=ids, num_items_in_batch=torch.tensor(7)).loss
+
+    for length in (192, 64, 256, 128, 320, 448):
+        call(length).backward()
+    assert counters["stats"]["unique_graphs"] <= 2 * (kinds + 2) + kinds  # a second of the linear layers' remainders
+    model.eval()
+    with torch.no_grad():
+        for length in (64, 128, 320):
+            call(length)
+    assert counters["stats"]["unique_graphs"] <= 3 * (kinds + 2) + kinds and not counters["graph_break"]
