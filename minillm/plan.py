@@ -21,6 +21,13 @@ from minillm.config import AUTO_MICRO_BATCH, RunConfig, load_run_config, raise_p
 from minillm.presets import PRESETS
 from minillm.training.deepspeed_config import precision, zero_stage
 from minillm.training.devices import DEVICES
+from minillm.training.planned_calibration import (
+    Result,
+    measured_device,
+    measured_sentence,
+    measured_step,
+    read_result,
+)
 from minillm.training.planned_growth import (
     DISK,
     HASHING,
@@ -52,12 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", default="8", metavar="N", help="GPUs of one machine (default 8)")
     parser.add_argument("--weak", action="store_true", help="growth with the batch per GPU kept, not the batch")
     parser.add_argument("--gpu-memory", metavar="GIB", help="memory of one of them (default: the device's)")
-    parser.add_argument("--device", default="rtx3090", help=f"{', '.join(DEVICES)} (default rtx3090)")
+    parser.add_argument("--device", help=f"{', '.join(DEVICES)} (default rtx3090)")
+    parser.add_argument("--calibrate", metavar="RESULT", help="JSON of `bash tests/run.sh --gpu`: the card it saw")
     parser.add_argument("--bandwidth", metavar="GB/S", help="bus bandwidth of an all-reduce among the cards")
     parser.add_argument("--network", metavar="GB/S", help="what leaves a node, all its cards together")
     parser.add_argument("--disk", default=f"{DISK / 1e9:g}", metavar="GB/S", help="of checkpoints (default 1)")
     parser.add_argument("--overlap", metavar="PART", help="of the arithmetic's time that traffic runs beside, 0 to 1")
-    parser.add_argument("--mfu", default=str(MFU), help=f"part of the peak that products reach (default {MFU})")
+    parser.add_argument("--mfu", help=f"part of the peak that products reach (default {MFU})")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on (default: the config's, where it says)")
     parser.add_argument("--price-per-gpu-hour", metavar="PRICE", help="in any currency, for the cost")
     parser.add_argument("--check-published", action="store_true", help="what others measured against the plan")
@@ -66,8 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_numbers(args: argparse.Namespace) -> Order:
-    """Raises UserError with everything that is wrong."""
+def read_numbers(args: argparse.Namespace, result: Result | None) -> Order:
+    """What was asked for; a measured card in place of a listed one.
+
+    Raises:
+        UserError: everything that is wrong.
+    """
     problems: list[str] = []
 
     def number(option: str, most: float = math.inf, whole: bool = False, zero: bool = False) -> float | None:
@@ -85,7 +97,9 @@ def read_numbers(args: argparse.Namespace) -> Order:
             return 1.0
         return value
 
-    device = DEVICES.get(args.device.lower())
+    if args.calibrate and args.device:
+        problems.append(f"--device {args.device}: the file of --calibrate names the card; leave one of them out")
+    device = measured_device(result) if result else DEVICES.get((args.device or "rtx3090").lower())
     if device is None:
         problems.append(f"--device {args.device}: unknown{nearest(args.device, list(DEVICES))}")
         device = DEVICES["rtx3090"]
@@ -102,7 +116,7 @@ def read_numbers(args: argparse.Namespace) -> Order:
         gpus=sizes[0],
         gpu_memory=device.memory if gpu_memory is None else gpu_memory * GIB,
         device=device if overlap is None else device._replace(overlap=overlap),
-        mfu=number("--mfu", most=1.0),
+        mfu=number("--mfu", most=1.0) or MFU,
         tokens=number("--tokens"),
         price=number("--price-per-gpu-hour", zero=True),
         gpus_per_node=int(number("--gpus-per-node", most=100_000, whole=True)),
@@ -144,7 +158,7 @@ def memory_table(rows: list[Row]) -> list[str]:
     lines = [f"{head}{'peak':>7}{'largest':>9}{'host':>7}"]
     for row in rows:
         m = row.memory
-        parts = [getattr(m, part) for part in MEMORY_PARTS] + [m.fragmentation + m.context + m.workspace]
+        parts = [getattr(m, part) for part in MEMORY_PARTS] + [m.fragmentation + m.context + m.workspace + m.correction]
         line = f"{row.name[:13]:14}{row.experts:13}{row.setup.micro:>6}" + "".join(f"{x / GIB:>8.2f}" for x in parts)
         lines.append(f"{line}{m.total / GIB:>7.2f}{row.largest or 'none':>9}{m.host / GIB:>7.2f}")
     return lines
@@ -214,7 +228,7 @@ def describe(name: str, run: RunConfig, fields: Fields, order: Order) -> list[st
     nodes = f", {order.gpus_per_node} a node" if order.sizes[-1] > order.gpus_per_node else ""
     return [
         f"{name}: {counts['total']:,} parameters{active}; batch {batch}, {checkpointing} checkpointing",
-        f"{cards} x {order.device.name} with {order.gpu_memory / GIB:g} GiB{nodes}",
+        f"{cards} x {order.device.name} with {order.gpu_memory / GIB:.4g} GiB{nodes}",
     ]
 
 
@@ -270,7 +284,8 @@ def plan(args: argparse.Namespace) -> str:
     if args.check_published:
         records = check_published(deepspeed_dir())
         return json.dumps(records, indent=1) if args.json else "\n".join(published_table(records))
-    order = read_numbers(args)
+    result = read_result(Path(args.calibrate)) if args.calibrate else None
+    order = read_numbers(args, result)
     if args.config is None:
         raise UserError("--config is missing: it names a file of launch/configs, for example --config dense-171m")
     run, problems = load_run_config(args.config, args.overrides, stage="pretrain", configs_dir=configs_dir())
@@ -283,6 +298,10 @@ def plan(args: argparse.Namespace) -> str:
             problems.append(str(error))
     raise_problems(problems, args.config)
     name, fields = named_fields(run, args.config)
+    if result is not None:
+        step = measured_step(result, run, fields)
+        order = replace(order, memory_ratio=step.memory_ratio, mfu=order.mfu if args.mfu else step.of_products,
+                        measured=measured_sentence(result, step, run, fields))  # fmt: skip
     paths = [Path(args.deepspeed)] if args.deepspeed else sorted(deepspeed_dir().glob("*.json"))
     if len(order.sizes) > 1:
         return plan_growth(args, run, fields, name, paths, order)
@@ -304,7 +323,7 @@ def plan(args: argparse.Namespace) -> str:
         "nothing fits as configured: set train.gradient_checkpointing=true, with which "
         + ", ".join(f"{row.name} {row.experts}".strip() for row in rows if row.checkpointed) + " fit"
     ]  # fmt: skip
-    rests_on = assumptions(order.device, order.mfu, order.gpus > order.gpus_per_node)
+    rests_on = assumptions(order.device, order.mfu, order.gpus > order.gpus_per_node, order.measured)
     if args.json:
         return json.dumps({
             "model": name, "gpus": order.gpus, "gpu_memory_bytes": order.gpu_memory, "device": order.device.name,
@@ -341,7 +360,7 @@ def plan_growth(
     if not any(point.row for point in points):
         raise UserError("\n".join(refused_sizes(points, _wrapped)))
     rests_on = [
-        *assumptions(order.device, order.mfu, order.sizes[-1] > order.gpus_per_node),
+        *assumptions(order.device, order.mfu, order.sizes[-1] > order.gpus_per_node, order.measured),
         f"checkpoints: {order.disk / 1e9:g} GB/s of disk (--disk), sha256 at {HASHING / 1e9:g} GB/s; they are saved "
         f"{'beside training' if run.checkpoint.asynchronous else 'while training waits'} (checkpoint.asynchronous)",
     ]

@@ -38,6 +38,8 @@ class Order:
     gpus_per_node: int = 8
     sizes: tuple[int, ...] = (8,)
     disk: float = 1e9  # bytes/s of checkpoints
+    memory_ratio: float = 1.0  # of what was allocated over what was planned, where it was measured
+    measured: str = ""  # the sentence about it
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,13 @@ def plan_json(path: Path, run: RunConfig, fields: Fields, order: Order) -> tuple
         if not problems and has_experts(fields) and (not enabled or backend == "autoep"):
             problems = backend_problems(fields, backend, size, resolved, order.gpus)
         problems = problems or resolve_moe_backend(own, fields, resolved, order.gpus)
+        if precision(values) not in order.device.flops:
+            problems = problems or [f"no rate of {precision(values)} products is known of {order.device.name}"]
         if problems:
             refused.append((path.stem, experts, "; ".join(problems)))
             continue
         setup = replace(Setup.of(own, fields, resolved, order.gpus), gpus_per_node=order.gpus_per_node,
-                        workspace=order.device.workspace)  # fmt: skip
+                        workspace=order.device.workspace, memory_ratio=order.memory_ratio)  # fmt: skip
         rows.append(plan_row(path.stem, experts, setup, order))
     return rows, refused
 

@@ -62,6 +62,7 @@ class Setup:
         capacity: model.moe_capacity_factor.
         gpus_per_node: of one machine; None: all are in one.
         workspace: bytes of a cuBLAS handle (devices.Device).
+        memory_ratio: of what is allocated over what is predicted, where a step like it was measured.
     """
 
     fields: Fields
@@ -76,6 +77,7 @@ class Setup:
     capacity: float | None = None
     gpus_per_node: int | None = None
     workspace: int = 8_519_680
+    memory_ratio: float = 1.0
 
     @classmethod
     def of(cls, run: RunConfig, fields: Fields, values: dict[str, Any], world_size: int) -> Setup:
@@ -105,6 +107,7 @@ class Memory:
 
     Attributes:
         activations: as the setup has it; plain and checkpointed are the two it may choose from.
+        correction: what measured steps hold beyond (or, negative, short of) the prediction.
         workspace: of cuBLAS, which PyTorch's allocator counts.
         fragmentation, context: assumptions, everything else is derived.
     """
@@ -118,6 +121,7 @@ class Memory:
     logits: float
     buffers: float
     workspace: float
+    correction: float
     fragmentation: float
     context: float
     host: float
@@ -126,7 +130,7 @@ class Memory:
     def allocated(self) -> float:
         """What torch.cuda.max_memory_allocated would say."""
         states = self.parameters + self.gradients + self.optimizer
-        return states + self.activations + self.logits + self.buffers + self.workspace
+        return states + self.activations + self.logits + self.buffers + self.workspace + self.correction
 
     @property
     def total(self) -> float:
@@ -154,6 +158,8 @@ def memory(setup: Setup) -> Memory:
         (kept.gradients, 0, 0, extra.always + extra.update),
     ]
     gradients, acts, logits, held = max(moments, key=sum)
+    workspace = HANDLES * setup.workspace
+    predicted = kept.parameters + gradients + kept.optimizer + acts + logits + held + workspace
     return Memory(
         parameters=kept.parameters,
         gradients=gradients,
@@ -163,7 +169,8 @@ def memory(setup: Setup) -> Memory:
         checkpointed=made.saved(True) + made.recomputed(True),
         logits=logits,
         buffers=held,
-        workspace=HANDLES * setup.workspace,
+        workspace=workspace,
+        correction=(setup.memory_ratio - 1) * predicted,
         fragmentation=FRAGMENTATION * (acts + logits + held),
         context=CONTEXT,
         host=kept.host,
@@ -290,20 +297,30 @@ def cost(days: float, gpus: int, price_per_gpu_hour: float) -> float:
     return 24 * days * gpus * price_per_gpu_hour
 
 
-def assumptions(device: Device, mfu: float, several_nodes: bool = False) -> list[str]:
-    """What the numbers rest on that is not derived, a sentence each."""
+_MFU_SOURCE = "nanochat d12 on one RTX 3090; what others reach: --check-published"
+
+
+def assumptions(device: Device, mfu: float, several_nodes: bool = False, measured: str = "") -> list[str]:
+    """What the numbers rest on that is not derived, a sentence each.
+
+    Args:
+        measured: of a card, in place of what is assumed about it.
+    """
     between = (
         f"; between nodes {device.network / 1e9:.3g} GB/s ({device.fabric}, of which NCCL reaches 90 %; --network) and "
         f"{HOP_BETWEEN * 1e6:g} us a hop"
     )
+    rates = ", ".join(f"{rate / 1e12:.4g} in {precision}" for precision, rate in device.flops.items())
+    reached = f"products reach {mfu:.0%} of it"
     return [
-        f"{device.name}: {device.flops['bf16'] / 1e12:g} TFLOP/s in bf16 and fp16, {device.flops['fp32'] / 1e12:g} in "
-        f"fp32 (datasheet), of which products reach {mfu:.0%} (nanochat d12 on one RTX 3090: 45 %; --mfu)",
+        *([measured] if measured else []),
+        f"{device.name}: TFLOP/s {rates}; {reached} ({'as measured' if measured else _MFU_SOURCE}; --mfu)",
         f"all-reduce among the cards at {device.bus / 1e9:g} GB/s of bus bandwidth ({device.link}; preflight measures "
         f"it, --bandwidth sets it), beside {device.overlap:.0%} of the arithmetic with overlap_comm (--overlap); "
         f"{HOP_INSIDE * 1e6:g} us of latency for each hop of a ring{between if several_nodes else ''}",
         f"{CONTEXT / 2**30:g} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} of activations, logits and buffers lost to "
         f"fragmentation",
         f"offloading: {HOST_LINK / 1e9:g} GB/s to main memory for each card, {HOST_MEMORY / 1e9:g} GB/s of it for all",
-        f"eager modules (torch.compile keeps less); the fullest expert has {IMBALANCE:g} times the mean",
+        f"{'' if measured else 'eager modules (torch.compile keeps less); '}the fullest expert has {IMBALANCE:g} times "
+        f"the mean",
     ]
