@@ -46,7 +46,15 @@ def settings(tiny_settings, tiny_data) -> dict[str, dict]:
     return {"text": text, "chat": {**text, **chat, "data.packing": "none"}}
 
 
-def plain_torch(settings: dict, num_steps: int = STEPS) -> list[float]:
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    defaults = OptimSection()
+    return torch.optim.AdamW(groups, lr=RATE, betas=(defaults.adam_beta1, defaults.adam_beta2), eps=1e-8)
+
+
+def plain_torch(settings: dict, num_steps: int = STEPS, make_optimizer=adamw) -> list[float]:
     """The whole global batch in one forward pass on torch alone."""
     sources = open_sources(
         settings["data.train"],
@@ -59,11 +67,7 @@ def plain_torch(settings: dict, num_steps: int = STEPS) -> list[float]:
     fields = {key.removeprefix("model."): value for key, value in TINY_MODEL.items()}
     torch.manual_seed(42)
     model = MiniLLMForCausalLM(MiniLLMConfig(**{**PRESETS["demo"], **fields})).train()
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    defaults = OptimSection()
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(defaults.adam_beta1, defaults.adam_beta2), eps=1e-8)
+    optimizer = make_optimizer(model)
     found = []
     for step in range(num_steps):
         (batch,) = loader.batch_at(step).micro_batches
