@@ -26,7 +26,8 @@ from tests.training.in_process import train
 from tests.training.test_same_losses import BF16, DECAY, FP32, RATE, adamw, plain_torch, zero
 from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
 
-MUON = {"optim.name": "muon"}
+# Of three layers, so that the border between two ranks cuts a matrix at ZeRO-1 and 2.
+MUON = {"optim.name": "muon", "model.num_hidden_layers": 3}
 STEPS, HALF, MOMENTUM = 6, 3, 0.95
 QUICK = {"zero0", "zero2", "zero2-broken", "zero3", "zero3-broken", "bf16-zero3", "experts-torch", "experts-autoep"}
 
@@ -303,7 +304,7 @@ def each(*names: str) -> list:
 
 @pytest.fixture(scope="module")
 def expected(settings) -> list[float]:
-    return plain_torch(settings["text"], STEPS, DefinitionAndAdamW)
+    return plain_torch({**settings["text"], **MUON}, STEPS, DefinitionAndAdamW)
 
 
 DENSE = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-small", "bf16-zero1", "bf16-zero2", "bf16-zero3")
@@ -353,11 +354,11 @@ def test_a_checkpoint_holds_one_momentum_for_each_matrix_and_adamws_moments_for_
 
 @pytest.mark.usefixtures("group")
 def test_a_run_keeps_its_optimizer(settings, tmp_path):
-    own = {**settings["text"], "run_root": str(tmp_path), "run_name": "r", "train.max_steps": 1}
-    train({**own, **MUON})
+    own = {**settings["text"], **MUON, "run_root": str(tmp_path), "run_name": "r", "train.max_steps": 1}
+    train(own)
     with pytest.raises(UserError, match="optim.name: was 'muon', now 'adamw'"):
-        train({**own, "train.max_steps": 2})
+        train({**own, "optim.name": "adamw", "train.max_steps": 2})
     path = tmp_path / "r" / "run.yaml"
     path.write_text(re.sub(r"\n  name: muon", "", path.read_text()))  # as of a run before there was a choice
     with pytest.raises(UserError, match="optim.name: was 'adamw', now 'muon'"):
-        train({**own, **MUON, "train.max_steps": 2})
+        train({**own, "train.max_steps": 2})

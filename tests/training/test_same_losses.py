@@ -22,7 +22,6 @@ from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.presets import PRESETS
 from tests.launching import ROOT, losses, run
 from tests.training.in_process import train
-from tests.training.tiny_data import TINY_MODEL
 
 STEPS, BATCH, RATE, CLIP, DECAY = 6, 8, 3e-3, 0.5, 0.1
 FP32 = {"bf16": {"enabled": False}}
@@ -64,7 +63,7 @@ def plain_torch(settings: dict, num_steps: int = STEPS, make_optimizer=adamw) ->
     packing = settings.get("data.packing", "concat")
     stream = build_stream(sources, seq_len=settings["data.seq_len"], packing=packing, seed=42)
     loader = BatchLoader(stream, train_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1)
-    fields = {key.removeprefix("model."): value for key, value in TINY_MODEL.items()}
+    fields = {key.removeprefix("model."): value for key, value in settings.items() if key.startswith("model.")}
     torch.manual_seed(42)
     model = MiniLLMForCausalLM(MiniLLMConfig(**{**PRESETS["demo"], **fields})).train()
     optimizer = make_optimizer(model)
