@@ -106,6 +106,9 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices of the decoder layers, AdamW for the rest"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="the peak, typically 1e-4 to 1e-3")
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="the end, as a part of the peak")
     lr_schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="the shape after warm-up")
@@ -115,6 +118,10 @@ class OptimSection(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's denominator")
+    muon_learning_rate: float | None = Field(
+        None, gt=0, description="Muon's peak; it follows the same schedule (null: learning_rate)"
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's average of gradients")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches it off")
 
 
@@ -333,6 +340,10 @@ def check_run_config(run: RunConfig) -> list[str]:
         problems.append(f"train.max_steps / train.num_epochs: exactly one says how long the run is, {both}; set one")
     if run.optim.lr_schedule == "wsd" and run.optim.warmup_ratio + run.optim.decay_ratio > 1:
         problems.append("optim.warmup_ratio + optim.decay_ratio must not exceed 1")
+    for name in ("muon_learning_rate", "muon_momentum"):
+        value = getattr(run.optim, name)
+        if run.optim.name != "muon" and value != OptimSection.model_fields[name].default:
+            problems.append(f"optim.{name} = {value}: only optim.name=muon reads it; leave it out, or set that")
     if (run.data.train is None) != (run.data.validation is None) and run.data.train is None:
         problems.append("data.validation: given without data.train; give both, or neither for the built-in corpus")
     if run.data.train is not None and run.data.tokenizer is None and run.model.init_from is None:

@@ -6,6 +6,7 @@
 - base_optimizer, link_optimizer_states, set_counters, count_micro_step, gradient_overflowed,
   find_overflow_by_the_norm, dynamic_loss_scaler: attributes of the engine and of ZeRO's optimizers.
 - is_partitioned, is_sharded, full_shape, own_partition: what ZeRO writes on a parameter.
+- flat_partitions: what ZeRO's optimizers keep of their flat fp32 tensors (stage_1_and_2.py, stage3.py).
 - leave_out_inference_ops: `deepspeed.ops.__compatible_ops__`.
 
 The other names are documented and stand here so that one file shows all that is used: `MoE`, the parameter groups of
@@ -13,6 +14,9 @@ experts, `safe_get_*` and `safe_set_*`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -39,13 +43,16 @@ from torch import nn
 __all__ = [
     "AutoEPLayer",
     "AutoEPSpec",
+    "FlatPartition",
     "MoE",
+    "Slice",
     "base_optimizer",
     "count_micro_step",
     "count_tokens_per_expert",
     "dynamic_loss_scaler",
     "expert_parallel_group",
     "find_overflow_by_the_norm",
+    "flat_partitions",
     "forget_expert_parallel_groups",
     "full_shape",
     "gradient_overflowed",
@@ -177,3 +184,60 @@ def own_partition(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     flat[: value.numel()] = value.reshape(-1)
     own = flat.narrow(0, size * optimizer._get_param_partition_rank(parameter), size)
     return own.to(parameter.ds_tensor.device)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements start..stop of a flattened parameter, which begin at `position` of a rank's flat tensor."""
+
+    start: int
+    stop: int
+    position: int
+
+
+@dataclass(frozen=True)
+class FlatPartition:
+    """A tensor that an engine's torch optimizer updates.
+
+    Attributes:
+        tensor: under ZeRO this rank's flat fp32 part of many parameters, else a parameter.
+        group: the ranks that share the parameters out; None for one process.
+        pieces: (parameter, its slice on each rank of the group), in the order of the flat tensor.
+    """
+
+    tensor: torch.Tensor
+    group: dist.ProcessGroup | None
+    pieces: tuple[tuple[nn.Parameter, tuple[Slice, ...]], ...]
+
+
+def flat_partitions(engine: deepspeed.DeepSpeedEngine) -> Iterator[FlatPartition]:
+    """Where each parameter's elements lie on each rank, for every tensor of the base optimizer."""
+    wrapper = engine.optimizer
+    if engine.zero_optimization_stage() == 0:
+        for group in base_optimizer(engine).param_groups:
+            for p in group["params"]:
+                everywhere = (Slice(0, p.numel(), 0),) * dist.get_world_size()
+                yield FlatPartition(p, dist.group.WORLD, ((p, everywhere),))
+    elif engine.zero_optimization_stage() == 3:
+        groups = wrapper.sub_group_process_groups
+        for tensor, parameters, group in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, groups):
+            pieces, position = [], 0
+            for p in parameters:
+                size = p.partition_numel()
+                starts = [min(rank * size, p.ds_numel) for rank in range(dist.get_world_size(group) + 1)]
+                slices = [Slice(start, stop, position) for start, stop in zip(starts, starts[1:])]
+                pieces.append((p, tuple(slices)))
+                position += size
+            yield FlatPartition(tensor, group, tuple(pieces))
+    else:
+        for number, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
+            group, size = wrapper.real_dp_process_group[number], wrapper.partition_size[number]
+            pieces = []
+            for p, offset in zip(wrapper.round_robin_bit16_groups[number], wrapper.round_robin_bit16_offsets[number]):
+                slices = []
+                for rank in range(dist.get_world_size(group)):
+                    start, stop = max(offset, rank * size), min(offset + p.numel(), (rank + 1) * size)
+                    stop = max(start, stop)
+                    slices.append(Slice(start - offset, stop - offset, start - rank * size))
+                pieces.append((p, tuple(slices)))
+            yield FlatPartition(tensor, group, tuple(pieces))

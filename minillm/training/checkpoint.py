@@ -1,6 +1,6 @@
 """Checkpoints that know no topology and survive a kill at any moment.
 
-Contract: `step-000500/` holds, by parameter name, fp32 weights (model.safetensors) and AdamW moments
+Contract: `step-000500/` holds, by parameter name, fp32 weights (model.safetensors) and the optimizer's moments
 (optimizer.safetensors), the counters (trainer_state.json), every rank's generators (rng.json), config and tokenizer,
 so that it is a Hugging Face folder too. It is written as `step-000500.tmp/`, synced, listed with sizes and sha256 in
 manifest.json, and renamed. Rank 0 reads and writes files, in the background if asked (CheckpointWriter); nothing is
@@ -26,10 +26,11 @@ from minillm.compat.deepspeed_api import link_optimizer_states, set_counters
 from minillm.data.tokenizer import save_tokenizer
 from minillm.interop.load import list_checkpoints, newest_checkpoint
 from minillm.training.expert_parallel import whole_parameters
+from minillm.training.optim import MOMENTS, moments_of
 from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.training.state import TrainState
 from minillm.training.zero_state import (
-    MOMENTS,
+    has_state,
     loss_scale_state,
     read_full_state,
     reset_optimizer_state,
@@ -209,10 +210,10 @@ class _Job:
 def _prepare(final: Path, engine, state: TrainState, extra: dict, tokenizer, keep: int) -> _Job:
     # Generators first: what follows must not change what is stored.
     generators = distributed.gather_objects(capture_rng())
-    shapes = {whole.name: tuple(whole.shape) for whole in whole_parameters(engine.module)}
+    wholes = list(whole_parameters(engine.module))
     buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(engine.module).items()}
     entries = {
-        file: {_key(kind, name): shape for kind in kinds for name, shape in shapes.items()}
+        file: {_key(kind, w.name): tuple(w.shape) for kind in kinds for w in wholes if has_state(engine, w, kind)}
         for file, kinds in FILES.items()
     }
     entries[WEIGHTS] |= buffers
@@ -306,8 +307,11 @@ def _named(file: Path) -> Iterator[None]:
         ) from error
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path, optimizer: str = "adamw") -> None:
     """Put a checkpoint's weights and buffers into a model that no engine holds yet.
+
+    Args:
+        optimizer: `optim.name` of the run, which says what moments there have to be.
 
     Raises:
         UserError: the names or shapes of weights or moments are not the model's (a checkpoint of another
@@ -316,7 +320,8 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_tensors(path / WEIGHTS, parameters)
-    _check_tensors(path / OPTIMIZER, {_key(kind, name): p for kind in MOMENTS for name, p in trained.items()})
+    moments = {_key(k, name): p for name, p in trained.items() for k in moments_of(optimizer, name, p.shape)}
+    _check_tensors(path / OPTIMIZER, moments)
     with _named(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file, torch.no_grad():
         for name, parameter in parameters.items():
             tensor = file.get_tensor(name)

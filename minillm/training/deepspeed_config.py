@@ -141,10 +141,25 @@ def resolve_deepspeed_config(
     # Its timer waits for the GPU twice a micro-step, and cannot be compiled (torch 2.12 and 2.13: torch.device(None) in
     # a graph). Speed is the trainer's to measure.
     resolved["timers"] = values.get("timers", {"throughput": {"enabled": False}})
+    if run.optim.name == "muon":
+        problems += check_muon(values, where)
     # torch's fused AdamW takes the place of DeepSpeed's own: no compiler is needed at the first start.
     resolved["zero_allow_untested_optimizer"] = True
     resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved, problems
+
+
+def check_muon(values: dict[str, Any], where: str) -> list[str]:
+    """What goes with AdamW alone."""
+    zero = section(values, "zero_optimization")
+    offload = section(zero, "offload_optimizer") if isinstance(zero, dict) else {}
+    ratio = offload.get("ratio", 1.0) if isinstance(offload, dict) else 1.0
+    if ratio == 1.0:
+        return []
+    return [
+        f"{where}: zero_optimization.offload_optimizer.ratio = {ratio!r}: DeepSpeed updates what stays on the GPU by "
+        f"an AdamW of its own, and optim.name is muon; remove it, or use optim.name=adamw"
+    ]
 
 
 def zero_stage(values: dict[str, Any]) -> int:

@@ -25,6 +25,7 @@ from minillm.compat.deepspeed_api import (
     count_micro_step,
     dynamic_loss_scaler,
     find_overflow_by_the_norm,
+    flat_partitions,
     forget_expert_parallel_groups,
     gradient_overflowed,
     leave_out_inference_ops,
@@ -34,6 +35,7 @@ from minillm.config import RunConfig
 from minillm.models.capacity import Capacity
 from minillm.training.deepspeed_config import precision
 from minillm.training.expert_parallel import parallelise_experts
+from minillm.training.muon import Muon
 from minillm.training.optim import build_optimizer
 from minillm.training.zero_state import loss_scale_state, restore_loss_scale
 from minillm.utils import distributed
@@ -117,7 +119,7 @@ def lone_rank_environment() -> dict[str, str]:
 
 
 def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict):
-    """Wrap `model` (fp32, its weights already in it) in a DeepSpeed engine with AdamW, its experts shared out.
+    """Wrap `model` (fp32, its weights already in it) in a DeepSpeed engine, its experts shared out.
 
     Weights come first because ZeRO copies them into its low-precision tensors here and never again.
     """
@@ -136,10 +138,13 @@ def build_engine(model: torch.nn.Module, run: RunConfig, deepspeed_config: dict)
     if run.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    optimizer = build_optimizer(model, run.optim)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, run.optim), config=deepspeed_config, dist_init_required=False
+        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
     find_overflow_by_the_norm(engine)
+    if isinstance(optimizer, Muon):
+        optimizer.bind(flat_partitions(engine), engine.device, next(engine.module.parameters()).dtype)
     if run.train.compile:
         # Not engine.compile(), which makes one graph of the model: all its gradients come at the end of backward, when
         # nothing is left to overlap their reduction with.

@@ -212,7 +212,7 @@ class Trainer:
         model = build_model(run, config)
         exact = None
         if self.source is not None:
-            checkpoint.load_weights(model, self.source)
+            checkpoint.load_weights(model, self.source, run.optim.name)
         elif self.data.base is not None:
             load_initial_weights(model, self.data.base)
             exact = copy_parameters(model)

@@ -23,7 +23,7 @@ from minillm.utils.places import home
 
 FIXED_KEYS = (
     "seed", "stage", "model.preset", "model.init_from", "data.train", "data.validation", "data.tokenizer",
-    "data.seq_len", "data.packing", "data.stride", "train.train_batch_size",
+    "data.seq_len", "data.packing", "data.stride", "train.train_batch_size", "optim.name",
 )  # fmt: skip
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors", "webdataset", "wandb")
 
@@ -79,6 +79,8 @@ def check_resumable(run: RunConfig, recorded: dict[str, Any]) -> None:
         UserError: every changed key with both values.
     """
     now = run.model_dump()
+    if _get(recorded, "optim.name") is None:  # of a run that was started before there was a choice
+        recorded = {**recorded, "optim": {**(recorded.get("optim") or {}), "name": "adamw"}}
     fixed = [*FIXED_KEYS, *(f"model.{name}" for name in {*(run.model.model_extra or {}), *_extra(recorded)})]
     changed = [
         f"{key}: was {old!r}, now {new!r}" for key in fixed if (old := _get(recorded, key)) != (new := _get(now, key))

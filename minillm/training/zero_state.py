@@ -1,4 +1,4 @@
-"""fp32 weights, AdamW moments and gradients by parameter name, whatever ZeRO stage, ranks and expert parallelism.
+"""fp32 weights, moments and gradients by parameter name, whatever the ZeRO stage, ranks and expert parallelism.
 
 Contract: `read_full_state` gathers one tensor at a time, in the same order on every rank (every call is a collective);
 `write_full_state` takes whole tensors and keeps this rank's part. Nothing is probed: which tensors exist follows from
@@ -27,19 +27,25 @@ from minillm.compat.deepspeed_api import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from minillm.training.expert_parallel import whole_parameters
+from minillm.training.expert_parallel import WholeParameter, whole_parameters
+from minillm.training.optim import MOMENTS, moments_of, optimizer_name
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+def has_state(engine, whole: WholeParameter, kind: str) -> bool:
+    """Whether a parameter has this kind of tensor: every one "weight" and "gradient", moments by its optimizer."""
+    return kind not in MOMENTS or kind in moments_of(optimizer_name(base_optimizer(engine)), whole.name, whole.shape)
 
 
 def read_full_state(engine, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield (parameter name, kind, fp32 tensor on the CPU) for every whole parameter, kind by kind.
+    """Yield (parameter name, kind, fp32 tensor on the CPU) for every whole parameter that has the kind, kind by kind.
 
     Args:
-        kinds: of "weight", "exp_avg", "exp_avg_sq", "gradient" (the last between backward and step).
+        kinds: of "weight", MOMENTS, "gradient" (the last between backward and step).
     """
     for kind in kinds:
         for whole in whole_parameters(engine.module):
+            if not has_state(engine, whole, kind):
+                continue
             parts = [_read_part(engine, part, kind).detach().reshape(full_shape(part)) for part in whole.parts]
             yield whole.name, kind, whole.join(parts).float().cpu()
 
@@ -53,13 +59,15 @@ def _read_part(engine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor
 
 
 def write_full_state(engine, kind: str, tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """Set every parameter's master weight or moment from whole tensors.
+    """Set the master weight or moment of every parameter that has the kind from whole tensors.
 
     Args:
-        kind: "weight", "exp_avg" or "exp_avg_sq".
+        kind: "weight" or one of MOMENTS.
         tensor_of: whole fp32 tensor by parameter name.
     """
     for whole in whole_parameters(engine.module):
+        if not has_state(engine, whole, kind):
+            continue
         value = tensor_of(whole.name)
         if value.shape != whole.shape:
             raise ValueError(f"{whole.name}: {tuple(value.shape)} does not fit {tuple(whole.shape)}")

@@ -119,3 +119,14 @@ def test_known_keys_are_deepspeeds_own(path):
     DeepSpeedZeroConfig(**{k: v for k, v in values["zero_optimization"].items()})
     DeepSpeedBF16Config(**values.get("bf16", {}))
     DeepSpeedFP16Config(**values.get("fp16", {}))
+
+
+def test_what_deepspeed_would_update_by_an_adamw_of_its_own_is_refused_with_muon(demo_run):
+    offload = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}
+    assert not problems({**ZERO2, **offload}, demo_run)
+    demo_run.optim.name = "muon"
+    text = problems({**ZERO2, **offload}, demo_run)
+    for part in ("offload_optimizer.ratio = 0.5", "an AdamW of its own", "remove it, or use optim.name=adamw"):
+        assert part in text
+    del offload["zero_optimization"]["offload_optimizer"]["ratio"]
+    assert not problems({**ZERO2, **offload}, demo_run)

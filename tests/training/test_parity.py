@@ -19,6 +19,9 @@ CASES = [
     Case("noisy experts with biases", "fp32", 1, 3, "deepspeed", 2),
     Case("noisy experts with biases", "bf16", 2, 1, "deepspeed", 2),
     Case("softmax experts, tied", "fp32", 2, 1, "deepspeed", 2, capacity_factor=0.8),
+    Case("tied", "fp32", 1, 3, optimizer="muon"),
+    Case("tied", "bf16", 2, 3, optimizer="muon"),
+    Case("sigmoid experts, multi-token", "fp32", 2, 1, "deepspeed", 2, optimizer="muon"),
 ]
 WORKER = """
 import json, sys
@@ -96,12 +99,12 @@ def test_the_whole_covers_every_legal_combination():
 
 @pytest.mark.slow
 def test_the_command_exits_1_when_a_case_is_past_the_tolerance(tmp_path):
-    words = [sys.executable, "-m", "minillm.parity", "--only", "tied, ZeRO-2", "fp32", "accumulation 1"]
+    words = [sys.executable, "-m", "minillm.parity", "--only", "tied, ZeRO-2", "fp32", "accumulation 3"]
     good = run(words, cwd=tmp_path)
     assert "0 of 1 cases wrong" in good.stdout
     code = "import sys; from minillm import parity; from minillm.training import parity as cases; "
     code += "cases.TOLERANCE['fp32'] = 0.0; sys.exit(parity.main())"
-    alone = [sys.executable, "-c", code, "--only", "tied, ZeRO-2", "fp32", "accumulation 1"]
+    alone = [sys.executable, "-c", code, "--only", "tied, ZeRO-2", "fp32", "accumulation 3"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--no-python"]
     bad = run([*launcher, *alone], cwd=tmp_path, check=False)
     assert bad.returncode == 1 and "1 of 1 cases wrong" in bad.stdout and "WRONG: " in bad.stdout

@@ -22,7 +22,6 @@ from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.presets import PRESETS
 from tests.launching import ROOT, losses, run
 from tests.training.in_process import train
-from tests.training.tiny_data import TINY_MODEL
 
 STEPS, BATCH, RATE, CLIP, DECAY = 6, 8, 3e-3, 0.5, 0.1
 FP32 = {"bf16": {"enabled": False}}
@@ -46,7 +45,15 @@ def settings(tiny_settings, tiny_data) -> dict[str, dict]:
     return {"text": text, "chat": {**text, **chat, "data.packing": "none"}}
 
 
-def plain_torch(settings: dict, num_steps: int = STEPS) -> list[float]:
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    defaults = OptimSection()
+    return torch.optim.AdamW(groups, lr=RATE, betas=(defaults.adam_beta1, defaults.adam_beta2), eps=1e-8)
+
+
+def plain_torch(settings: dict, num_steps: int = STEPS, make_optimizer=adamw) -> list[float]:
     """The whole global batch in one forward pass on torch alone."""
     sources = open_sources(
         settings["data.train"],
@@ -56,14 +63,10 @@ def plain_torch(settings: dict, num_steps: int = STEPS) -> list[float]:
     packing = settings.get("data.packing", "concat")
     stream = build_stream(sources, seq_len=settings["data.seq_len"], packing=packing, seed=42)
     loader = BatchLoader(stream, train_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1)
-    fields = {key.removeprefix("model."): value for key, value in TINY_MODEL.items()}
+    fields = {key.removeprefix("model."): value for key, value in settings.items() if key.startswith("model.")}
     torch.manual_seed(42)
     model = MiniLLMForCausalLM(MiniLLMConfig(**{**PRESETS["demo"], **fields})).train()
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    defaults = OptimSection()
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(defaults.adam_beta1, defaults.adam_beta2), eps=1e-8)
+    optimizer = make_optimizer(model)
     found = []
     for step in range(num_steps):
         (batch,) = loader.batch_at(step).micro_batches
