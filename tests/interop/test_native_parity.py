@@ -79,7 +79,8 @@ def test_greedy_generation_from_padded_rows_is_the_same(preset):
 
 @pytest.mark.parametrize("case", CASES)
 def test_theirs_to_ours_and_back_is_bitwise(case):
-    theirs = make_native(case)
+    # As in CHANGES: with weights of 0.2 the order of summation, which processors differ in, moves the logits by 6e-4.
+    theirs = make_native(case, **({"initializer_range": 0.05} if case == "qwen3-next" else {}))
     ours = from_transformers(theirs)
     ids = torch.randint(0, 61, (2, 30), generator=torch.Generator().manual_seed(3))
     close(ours(ids).logits, theirs(ids).logits)
