@@ -300,8 +300,12 @@ def plan(args: argparse.Namespace) -> str:
     name, fields = named_fields(run, args.config)
     if result is not None:
         step = measured_step(result, run, fields)
-        order = replace(order, memory_ratio=step.memory_ratio, mfu=order.mfu if args.mfu else step.of_products,
-                        measured=measured_sentence(result, step, run, fields))  # fmt: skip
+        order = replace(
+            order,
+            memory_ratio=step.memory_ratio,
+            mfu=order.mfu if args.mfu else step.of_products(order.device),
+            measured=measured_sentence(result, step, order.device, run, fields),
+        )
     paths = [Path(args.deepspeed)] if args.deepspeed else sorted(deepspeed_dir().glob("*.json"))
     if len(order.sizes) > 1:
         return plan_growth(args, run, fields, name, paths, order)

@@ -21,6 +21,7 @@ from minillm.training.planning import RECOMPUTATION, Fields
 from minillm.utils.errors import UserError
 
 FORMAT = 1
+UPDATE_BYTES = 2 * 12 + 4 + 2  # of a parameter: masters and moments read and written, gradient and weight
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 
@@ -29,6 +30,7 @@ class Step:
     """One measured way to train.
 
     Attributes:
+        seconds: of one optimizer step.
         mfu: of the whole step, model FLOPs over the card's peak.
         peak_bytes, planned_bytes: torch.cuda.max_memory_allocated, and what the plan said then; None: not measured.
     """
@@ -39,14 +41,16 @@ class Step:
     length: int
     compile: bool
     checkpointing: bool
+    seconds: float
     mfu: float
     peak_bytes: float | None
     planned_bytes: float | None
 
-    @property
-    def of_products(self) -> float:
-        """The part of the peak while it computed; recomputed operations count here, which MFU leaves out."""
-        return self.mfu * (RECOMPUTATION if self.checkpointing else 1)
+    def of_products(self, device: Device) -> float:
+        """The part of the peak while it computed: recomputed operations count here, which MFU leaves out, and AdamW's
+        update in bf16, which a plan adds by itself, does not (at most half of the step)."""
+        update = num_parameters(PRESETS[self.preset])["total"] * UPDATE_BYTES / device.memory_bandwidth
+        return self.mfu * (RECOMPUTATION if self.checkpointing else 1) / (1 - min(0.5, update / self.seconds))
 
     @property
     def memory_ratio(self) -> float:
@@ -171,6 +175,7 @@ def _step(reader: _Reader, number: int, row: object) -> Step | None:
         length=reader.whole(row, "length", where),
         compile=reader.flag(row, "compile", where),
         checkpointing=reader.flag(row, "checkpointing", where),
+        seconds=reader.number(row, "step_seconds", where),
         mfu=mfu,
         peak_bytes=reader.number(row, "peak_bytes", where),
         planned_bytes=reader.number(row, "planned_bytes", where, optional=True),
@@ -222,12 +227,12 @@ def measured_device(result: Result) -> Device:
     return device if result.bus is None else device._replace(bus=result.bus, link="measured")
 
 
-def measured_sentence(result: Result, step: Step, run: RunConfig, fields: Fields) -> str:
+def measured_sentence(result: Result, step: Step, device: Device, run: RunConfig, fields: Fields) -> str:
     """What was measured, and in what it differs from the run."""
     memory = f"peak memory {step.memory_ratio:.2f} of what was planned"
     sentence = (
         f"measured on {result.card}, torch {result.torch}, {result.date}: {step.name} ({_kind(step)}) reached "
-        f"{step.of_products:.0%} of the peak; {memory}"
+        f"{step.of_products(device):.0%} of the peak; {memory}"
     )
     other = [
         ("experts", step.sparse, "sparse" in mlp_layer_types(fields)),

@@ -10,11 +10,12 @@ import pytest
 from minillm import plan
 from minillm.accounting import flops_per_token
 from minillm.presets import PRESETS
+from tests.launching import ROOT
 
 
 def step(name: str, mfu: float, preset: str | None = None, **changes) -> dict:
     return {"name": name, "preset": preset or name, "ds_config": "zero1", "micro": 16, "micro_steps": 2, "length": 512,
-            "compile": True, "checkpointing": False, "tokens_per_s": 410_000, "step_seconds": 0.08, "mfu": mfu,
+            "compile": True, "checkpointing": False, "tokens_per_s": 410_000, "step_seconds": 1e6, "mfu": mfu,
             "peak_bytes": 0.9e10, "planned_bytes": 1.0e10, "error": None, **changes}  # fmt: skip
 
 
@@ -36,7 +37,7 @@ RESULT = {
 
 @pytest.fixture
 def result(tmp_path):
-    """Writes RESULT with changes; returns the path."""
+    """Writes RESULT with changes; returns the path. Its steps are so long that their updates take no part of them."""
 
     def write(**changes) -> str:
         path = tmp_path / "gpu-result.json"
@@ -116,6 +117,19 @@ def test_a_listed_datasheet_is_the_peak_of_a_card_that_has_no_plan_of_its_own(re
     row = planned(capsys, path, "--config", "dense-171m")["rows"][0]
     work = flops_per_token(PRESETS["dense-171m"], 512) * 256 * 512 / 8
     assert row["compute_seconds"] == pytest.approx(work / (0.41 * 121e12))
+
+
+@pytest.mark.parametrize(
+    "preset, micro, batch, tokens_per_s, peak_gib",
+    [("dense-26m", 32, 64, 634_561, 3.2), ("dense-171m", 64, 64, 270_280, 18.4), ("moe-876m", 32, 32, 114_905, 30.1)],
+)
+def test_what_one_h200_measured_comes_back(preset, micro, batch, tokens_per_s, peak_gib, capsys):
+    """README's table of that card, from the file it was made of."""
+    words = ["--config", preset, "--gpus", "1", f"train.train_batch_size={batch}", "train.compile=true"]
+    words += [f"train.train_micro_batch_size_per_gpu={micro}", "model.moe_backend=torch"]
+    row = planned(capsys, str(ROOT / "tests" / "gpu" / "h200.json"), *words)["rows"][0]
+    assert row["tokens_per_s"] == pytest.approx(tokens_per_s, rel=0.005)
+    assert row["memory_bytes"]["allocated"] / 2**30 == pytest.approx(peak_gib, rel=0.05)
 
 
 STEPS = RESULT["steps"]
