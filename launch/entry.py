@@ -152,7 +152,8 @@ def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> d
     counts = num_parameters(fields)
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
     size = run.model.expert_parallel_size
-    kept = states(parameter_groups(fields, run.model.moe_backend, size, world_size), Zero.of(deepspeed_config))
+    groups = parameter_groups(fields, run.model.moe_backend, size, world_size, run.optim.name)
+    kept = states(groups, Zero.of(deepspeed_config))
     memory = {"weights": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
     parts = ", ".join(f"{part} {held / 2**20:,.1f} MiB" for part, held in memory.items())
     parts += f"; {kept.host / 2**20:,.1f} MiB on the host" if kept.host else ""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minillm.accounting import num_parameters
 from minillm.config import RunConfig
 from minillm.training.deepspeed_config import zero_stage
 from minillm.training.devices import Device
@@ -141,11 +140,11 @@ def save(setup: Setup, device: Device, asynchronous: bool, disk: float = DISK) -
     DeepSpeed gathers by an all-reduce of each tensor at stages 1 and 2 (utils/tensor_fragment.py) and by an all-gather
     at stage 3; at stage 0 every rank has them.
     """
-    groups = parameter_groups(setup.fields, "torch", 1, setup.world_size)
+    groups = parameter_groups(setup.fields, "torch", 1, setup.world_size, setup.optimizer)
     layout = Layout.of(setup.world_size, setup.gpus_per_node)
-    each = MASTER + moment_bytes(groups[0])  # bytes a parameter
-    size = float(each * num_parameters(setup.fields)["total"])
-    tensors = (each // 4) * sum(len(group.sizes) for group in groups)
+    each = [MASTER + moment_bytes(group) for group in groups]  # bytes a parameter
+    size = float(sum(bytes_ * sum(group.sizes) for bytes_, group in zip(each, groups, strict=True)))
+    tensors = sum(bytes_ // 4 * len(group.sizes) for bytes_, group in zip(each, groups, strict=True))
     rounds = {0: 0, 3: 1}.get(zero_stage(setup.values), 2)
     ring = groups[0]
     near = size * layout.inside(ring) / device.bus + tensors * (layout.gpus_per_node - 1) * HOP_INSIDE

@@ -15,6 +15,7 @@ what is sent; where DeepSpeed does otherwise, it is DeepSpeed's way that is coun
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,13 @@ class Group:
         sizes: elements of each, in order.
         ranks: that share the group's states out.
         routed: whether they are experts that are shared out among ranks.
+        muon: whether Muon updates them, else AdamW.
     """
 
     sizes: tuple[int, ...]
     ranks: int
     routed: bool = False
+    muon: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,26 +120,58 @@ def engine_shapes(fields: Fields, backend: str, size: int) -> dict[str, tuple[tu
     return own
 
 
-def parameter_groups(fields: Fields, backend: str, size: int, world_size: int) -> list[Group]:
-    """The optimizer's groups (training.optim.build_parameter_groups): decay and no decay, experts apart and cut."""
-    kept: dict[tuple[bool, bool], list[int]] = {}
+_MATRIX = re.compile(r"\.(layers|multi_token_modules)\.\d+\..*_proj(_with_mqa)?(\.weight)?$")
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """training.muon.is_matrix, without torch."""
+    return len(shape) >= 2 and bool(_MATRIX.search(name))
+
+
+def parameter_groups(
+    fields: Fields, backend: str, size: int, world_size: int, optimizer: str = "adamw"
+) -> list[Group]:
+    """The optimizer's groups (training.optim): decay and no decay, experts apart and cut, Muon's matrices apart."""
+    kept: dict[tuple[bool, bool], list[tuple[int, bool]]] = {}
     for name, (shape, routed) in engine_shapes(fields, backend, size).items():
         decays = len(shape) >= 2 and not name.endswith("bias")
-        kept.setdefault((routed, not decays), []).append(math.prod(shape))
+        muon = optimizer == "muon" and (is_matrix(name, shape) or (routed and decays))  # AutoEP has its own names
+        kept.setdefault((routed, not decays), []).append((math.prod(shape), muon))
     groups = []
-    for (routed, _), sizes in sorted(kept.items()):
-        for part in _cut(sizes) if routed else [sizes]:
-            groups.append(Group(tuple(part), world_size // size if routed else world_size, routed))
+    for (routed, _), members in sorted(kept.items()):
+        for part in _cut(members) if routed else [members]:
+            for of_muon in (True, False):
+                sizes = tuple(size for size, muon in part if muon == of_muon)
+                ranks = world_size // size if routed else world_size
+                groups += [Group(sizes, ranks, routed, of_muon)] if sizes else []
     return groups
 
 
-def _cut(sizes: list[int]) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    for size in sizes:
-        if parts[-1] and sum(parts[-1]) + size > MOE_GROUP:
+def _cut(members: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
+    parts: list[list[tuple[int, bool]]] = [[]]
+    for member in members:
+        if parts[-1] and sum(size for size, _ in parts[-1]) + member[0] > MOE_GROUP:
             parts.append([])
-        parts[-1].append(size)
+        parts[-1].append(member)
     return parts
+
+
+def orthogonalisation_flops(fields: Fields) -> tuple[int, int]:
+    """Of one update by Muon: all matrices together, and the largest of them. Five Newton-Schulz steps of a matrix with
+    sides s <= l: its product with itself, that one's square, and its product with the matrix (training.muon)."""
+    each = []
+    for name, shape in parameter_shapes(fields).items():
+        if not is_matrix(name, shape):
+            continue
+        *stack, rows, columns = shape
+        heights = [rows // 2] * 2 if name.endswith("gate_up_proj") else [rows]
+        if name.endswith("qkv_proj.weight"):
+            key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
+            heights = [key, key, rows - 2 * key]
+        for height in heights * math.prod(stack):
+            small, large = sorted((height, columns))
+            each.append(5 * (4 * small * small * large + 2 * small**3))
+    return sum(each), max(each, default=0)
 
 
 @dataclass(frozen=True)
@@ -160,11 +195,16 @@ MASTER = 4  # bytes of an fp32 weight
 
 
 def moment_bytes(group: Group) -> int:
-    """Bytes of an element's optimizer state beside its fp32 weight: AdamW's two fp32 moments.
+    """Bytes of an element's optimizer state beside its fp32 weight: AdamW's two fp32 moments, Muon's one.
 
-    The one place that knows the optimizer: memory, the update's time and a checkpoint's size ask here.
+    Memory, the update's time and a checkpoint's size ask here.
     """
-    return 8
+    return 4 if group.muon else 8
+
+
+def _counters(group: Group, tensors: int) -> int:
+    """Bytes of AdamW's step counters."""
+    return 0 if group.muon else 4 * tensors
 
 
 def flat_size(group: Group, zero: Zero) -> int:
@@ -182,13 +222,14 @@ def states(groups: list[Group], zero: Zero, rank: int = 0) -> States:
     An update of AdamW keeps two moments and a 4-byte step counter for each tensor it is given.
     """
     if zero.stage == 0:
-        count, tensors = sum(map(_total, groups)), sum(len(group.sizes) for group in groups)
-        return States(4 * count, 4 * count, sum(moment_bytes(g) * _total(g) for g in groups) + 4 * tensors)
+        count = sum(map(_total, groups))
+        kept = sum(moment_bytes(g) * _total(g) + _counters(g, len(g.sizes)) for g in groups)
+        return States(4 * count, 4 * count, kept)
     if zero.stage == 3:
         return _states_of_stage_3(groups, zero)
     flat = [flat_size(group, zero) for group in groups]
     parts = [size // group.ranks for size, group in zip(flat, groups, strict=True)]
-    optimizer = sum((MASTER + moment_bytes(g)) * part for g, part in zip(groups, parts, strict=True)) + 4 * len(groups)
+    optimizer = sum((MASTER + moment_bytes(g)) * part + _counters(g, 1) for g, part in zip(groups, parts, strict=True))
     gradients = zero.accumulation * sum(map(_total, groups))
     host = 0
     if zero.stage == 2:
@@ -222,9 +263,9 @@ def _touched(group: Group, part: int, rank: int) -> int:
 
 def _states_of_stage_3(groups: list[Group], zero: Zero) -> States:
     parts = [sum(-(-size // group.ranks) for size in group.sizes) for group in groups]
-    sub_groups = sum(len(_sub_groups(group, zero.sub_group)) for group in groups)
+    counters = sum(_counters(group, len(_sub_groups(group, zero.sub_group))) for group in groups)
     weights, gradients = zero.low * sum(parts), zero.accumulation * sum(parts)
-    optimizer = sum((MASTER + moment_bytes(g)) * part for g, part in zip(groups, parts, strict=True)) + 4 * sub_groups
+    optimizer = sum((MASTER + moment_bytes(g)) * part for g, part in zip(groups, parts, strict=True)) + counters
     host = 0
     if zero.offload_optimizer:
         host, optimizer, gradients = optimizer + gradients + 4 * sum(parts), 0, 0

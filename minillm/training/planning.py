@@ -31,7 +31,9 @@ from minillm.training.planned_states import (
     Zero,
     buffers,
     moment_bytes,
+    orthogonalisation_flops,
     parameter_groups,
+    sent_in_a_ring,
     states,
     traffic,
 )
@@ -43,6 +45,7 @@ CONTEXT = 0.7 * 2**30  # CUDA context, kernels and NCCL's buffers, outside PyTor
 FRAGMENTATION = 0.05  # of what is allocated anew at each step
 HOST_LINK = 12e9  # bytes/s between a card and main memory
 HOST_MEMORY = 60e9  # bytes/s of main memory, all cards together
+MUON_BUFFERS = 3 * 2 * 2**24  # bytes: what is read, received and orthogonalised of a bucket (training.muon)
 HANDLES = 2  # of cuBLAS: the forward pass's thread and autograd's
 RECOMPUTATION = 4 / 3  # forward once more: 8 N in place of 6 N operations
 
@@ -62,6 +65,7 @@ class Setup:
         capacity: model.moe_capacity_factor.
         gpus_per_node: of one machine; None: all are in one.
         workspace: bytes of a cuBLAS handle (devices.Device).
+        optimizer: adamw or muon.
         memory_ratio: of what is allocated over what is predicted, where a step like it was measured.
     """
 
@@ -78,6 +82,7 @@ class Setup:
     gpus_per_node: int | None = None
     workspace: int = 8_519_680
     memory_ratio: float = 1.0
+    optimizer: str = "adamw"
 
     @classmethod
     def of(cls, run: RunConfig, fields: Fields, values: dict[str, Any], world_size: int) -> Setup:
@@ -93,7 +98,13 @@ class Setup:
             micro=run.train.train_micro_batch_size_per_gpu,
             checkpointing=run.train.gradient_checkpointing,
             capacity=run.model.moe_capacity_factor,
+            optimizer=run.optim.name,
         )
+
+    @property
+    def groups(self) -> list[Group]:
+        """The optimizer's."""
+        return parameter_groups(self.fields, self.backend, self.expert_parallel, self.world_size, self.optimizer)
 
     @property
     def micro_steps(self) -> int:
@@ -145,7 +156,7 @@ def memory(setup: Setup) -> Memory:
     them.
     """
     fields, zero = setup.fields, Zero.of(setup.values)
-    groups = parameter_groups(fields, setup.backend, setup.expert_parallel, setup.world_size)
+    groups = setup.groups
     table = fields["vocab_size"] * fields["hidden_size"] if fields["tie_word_embeddings"] else 0
     kept, extra = _held(tuple(groups), zero, _ranks(setup), table)
     made = activations(fields, zero.low, setup.micro, setup.length, setup.backend, setup.expert_parallel)
@@ -155,7 +166,7 @@ def memory(setup: Setup) -> Memory:
         (before, saved, made.logits, extra.always),
         (before, saved + again, 0, extra.always + extra.backward),
         (kept.gradients, 0, 0, extra.always + max(extra.backward, extra.reduction)),
-        (kept.gradients, 0, 0, extra.always + extra.update),
+        (kept.gradients, 0, 0, extra.always + extra.update + (MUON_BUFFERS if setup.optimizer == "muon" else 0)),
     ]
     gradients, acts, logits, held = max(moments, key=sum)
     workspace = HANDLES * setup.workspace
@@ -256,7 +267,7 @@ def speed(setup: Setup, device: Device, mfu: float = MFU) -> Speed:
     nothing is left to do beside it, and so is everything else.
     """
     zero = Zero.of(setup.values)
-    groups = parameter_groups(setup.fields, setup.backend, setup.expert_parallel, setup.world_size)
+    groups = setup.groups
     exchange = setup.micro_steps * exchanged(setup)
     sent = traffic(groups, zero, setup.micro_steps, exchange)
     layout = Layout.of(setup.world_size, setup.gpus_per_node)
@@ -281,7 +292,20 @@ def speed(setup: Setup, device: Device, mfu: float = MFU) -> Speed:
     kept = [sum(group.sizes) / (group.ranks if zero.stage else 1) for group in groups]
     rate = HOST_MEMORY / setup.world_size if zero.offload_optimizer else device.memory_bandwidth
     update = sum(size * number for size, number in zip(bytes_, kept, strict=True)) / rate
+    if setup.optimizer == "muon":
+        update += _orthogonalisation(setup, groups, device, mfu, layout)
     return Speed(compute, near, far, sent.host / HOST_LINK, update, sent, tokens)
+
+
+def _orthogonalisation(setup: Setup, groups: list[Group], device: Device, mfu: float, layout: Layout) -> float:
+    """Seconds of Muon's matrices: shared out among the ranks, and at stage 3, where all ranks have a slice of each, to
+    the owner and back; at stage 0 the results go to everyone. At stages 1 and 2 matrices lie whole on a rank."""
+    zero, (total, largest) = Zero.of(setup.values), orthogonalisation_flops(setup.fields)
+    seconds = max(total / setup.world_size, largest) / (mfu * device.flops[precision(setup.values)])
+    passes = {0: setup.world_size, 3: 2}.get(zero.stage, 0)  # of a rank's own part
+    sent = passes * zero.low * sum(sent_in_a_ring(g) * sum(g.sizes) / g.ranks for g in groups if g.muon)
+    link = device.bus if layout.nodes == 1 else device.node_network(layout.gpus_per_node) / layout.gpus_per_node
+    return seconds + sent / link
 
 
 def _part(seen: float, whole: float) -> float:
