@@ -95,7 +95,9 @@ def iteration_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if weights == torch.float32 or should_widen(torch.empty(0, dtype=torch.bfloat16, device=device)):
         return torch.float32
-    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    return torch.bfloat16
 
 
 class Muon(torch.optim.AdamW):

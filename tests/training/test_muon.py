@@ -272,10 +272,10 @@ def cases_of(settings: dict, root) -> dict[str, list[dict]]:
     }  # fmt: skip
 
 
-def train_all(names: set[str], settings: dict, root) -> None:
+def train_all(names: set[str], settings: dict, root, ranks: int = 2) -> None:
     starts = [start for name, of_run in cases_of(settings, root).items() if name in names for start in of_run]
     (root / "cases.json").write_text(json.dumps(starts))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(root / "cases.json")])
 
 
@@ -325,6 +325,16 @@ def test_a_break_changes_no_bit(runs, name):
 @pytest.mark.parametrize("name", each("experts-deepspeed", "experts-autoep"))
 def test_shared_out_experts_train_as_experts_in_one_place(runs, name):
     assert losses(runs / name) == pytest.approx(losses(runs / "experts-torch"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_four_ranks_share_experts_out_and_share_them(trained, expected, settings, tmp_path):
+    """Matrices in more pieces, and experts whose states are shared out among two of the ranks."""
+    chosen = {"zero1", "zero3", "experts-deepspeed", "experts-autoep"}
+    train_all(chosen, settings, tmp_path, ranks=4)
+    for name in chosen:
+        straight = losses(trained / "experts-torch") if name.startswith("experts") else expected
+        assert losses(tmp_path / name) == pytest.approx(straight, rel=1e-5), name
 
 
 @pytest.mark.usefixtures("group")
