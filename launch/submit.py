@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import entry  # noqa: F401 (first: it finds minillm without `pip install`)
@@ -30,7 +30,7 @@ from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.places import configs_dir, launch_dir
 
-MARGIN = 1.5  # validation, samples, checkpoints, and what the plan does not know: disks, the network between nodes
+MARGIN = 1.5  # validation, samples, checkpoints, and what the plan does not know: disks, launches of small steps
 STARTUP = 15 * 60  # seconds: environment, data, compiling
 SCRIPTS = launch_dir() / "slurm"
 
@@ -159,7 +159,7 @@ def planned_seconds(run: RunConfig, values: dict, arguments: argparse.Namespace)
         why = f"the model is {name}" if fields is None else epochs
         fix = "--hours H" if fields is None else "--tokens N (of the whole run) or --hours H"
         raise UserError(f"the time limit cannot be planned: {why}; give {fix}")
-    setup = Setup.of(run, fields, values, arguments.nodes * arguments.gpus)
+    setup = replace(Setup.of(run, fields, values, arguments.nodes * arguments.gpus), gpus_per_node=arguments.gpus)
     device = DEVICES[arguments.device]
     seconds = speed(setup, device, arguments.mfu).seconds
     return steps * seconds, f"{steps:,.0f} steps x {seconds:.3g} s on {setup.world_size} x {device.name} (planned)"
