@@ -27,7 +27,7 @@ import importlib.abc, os, runpy, sys
 class Stop(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name in ("torch", "transformers"):
-            print(os.environ.get({variable!r}), flush=True)
+            print("SEEN=" + str(os.environ.get({variable!r})), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Stop())
 sys.path.insert(0, {str(ROOT / "launch")!r})
@@ -38,7 +38,7 @@ sys.argv = ["entry", *{arguments!r}]
     done = subprocess.run([sys.executable, "-c", code], env={**left, **given}, cwd=folder, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1] if done.stdout.strip() else ""
+    return done.stdout.rpartition("SEEN=")[2].strip()
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
