@@ -22,8 +22,9 @@ POEMS = ROOT.parent / "shared" / "data" / "tang-poems"
 
 def test_links_lead_to_files():
     links = r"\]\(([^)#]+)\)"
-    tools = [f"data_tools/{link}" for link in re.findall(links, (ROOT / "data_tools" / "README.md").read_text())]
-    targets = re.findall(links, README) + [link for link in re.findall(links, CHINESE) if "://" not in link] + tools
+    rooms = [f"{room}/{link}" for room in ("data_tools", "tests/gpu")
+             for link in re.findall(links, (ROOT / room / "README.md").read_text(encoding="utf-8"))]  # fmt: skip
+    targets = re.findall(links, README) + [link for link in re.findall(links, CHINESE) if "://" not in link] + rooms
     assert targets
     for target in targets:
         assert (ROOT / target).exists(), target

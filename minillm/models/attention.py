@@ -106,16 +106,19 @@ def attend(
             query, key, value, is_causal=is_causal(query), enable_gqa=shared, dropout_p=dropout, scale=scale
         )
     elif query.shape[2] == 1 and query.shape[1] != key.shape[1]:
-        # One token: query heads that share a key head are rows of one product, and nothing is repeated.
-        rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, K, N / K, H]
-        output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
-        output = output.flatten(1, 2).unsqueeze(2)
+        output = _attend_from_one_token(query, key, value, mask, dropout_p=dropout, scale=scale)
     else:
         # CUDA's memory-efficient kernel takes a mask but no shared heads; without it SDPA would hold [T, S] in memory.
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return output.to(dtype)
+
+
+def _attend_from_one_token(query, key, value, mask: torch.Tensor, **options) -> torch.Tensor:
+    """T = 1: query heads that share a key head are rows of one product, and nothing is repeated."""
+    rows = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, K, N / K, H]
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, **options).flatten(1, 2).unsqueeze(2)
 
 
 def _kernel_takes(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_the_table_of_a_measured_card():
     rows = [line for line in text.splitlines() if line.startswith("dense-171m ")]
     assert rows == ["dense-171m                     1   16 x 2       yes    185,987  20.0%      6.84     8.74"]
     assert "a growing cache 117, with cuDNN's attention 17, a fixed cache, compiled 530" in text
+
+
+def test_the_readme_of_this_room_says_what_was_measured():
+    rows = json.loads(H200.read_text())["steps"]
+    text = H200.with_name("README.md").read_text(encoding="utf-8")
+    table = re.findall(r"\| (\d+ x \d+) \| ([\d,]+) \| ([\d.]+) % \| ([\d.]+) \|", text)
+    measured = {
+        (f"{row['micro']} x {row['micro_steps']}", f"{row['tokens_per_s']:,}", f"{100 * row['mfu']:.1f}",
+         f"{row['peak_bytes'] / 2**30:.1f}")
+        for row in rows
+    }  # fmt: skip
+    assert len(table) == len(rows) and set(table) == measured
 
 
 def step(name: str, code: str, limit: float = 30, alone: bool = False) -> check.Step:

@@ -156,3 +156,14 @@ def test_where_torch_comes_from(tmp_path):
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
     assert asked(PATH=f"{tmp_path}:{os.environ['PATH']}") == ("", "")
+
+
+def test_nothing_is_installed_where_the_python_is_to_be_taken_as_it_is(tmp_path):
+    checkout = Checkout(tmp_path / "a folder")
+    script = "set -euo pipefail; . launch/environment.sh tests; echo $PYTHONPATH"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=checkout.folder, capture_output=True, text=True,
+        env={**os.environ, "MINILLM_NO_INSTALL": "1", "PYTHONPATH": "theirs"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{checkout.folder}:theirs\n", "")
+    assert {path.name for path in checkout.folder.iterdir()} == {"launch", "setup.py"}

@@ -266,6 +266,14 @@ def test_packed_documents_reach_the_kernel_and_the_dense_mask_alike(
     torch.testing.assert_close(attend(query, key, value, packed, scale=scale, window=window), expected, **MODULE)
 
 
+def test_one_token_with_shared_heads_equals_the_definition():
+    """What CUDA takes for a token over a cache of fixed size, some of whose places hold nothing yet."""
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 5)
+    mask = (torch.arange(11) < torch.tensor([4, 9])[:, None])[:, None, None]
+    actual = attention_module._attend_from_one_token(query, key, value, mask, scale=0.3)
+    torch.testing.assert_close(actual, written_out(query, key, value, mask, 0.3), **MODULE)
+
+
 def test_masks_stay_dense_without_cuda():
     assert isinstance(build_attention_mask(12, torch.device("cpu"), document_ids=DOCUMENTS), torch.Tensor)
 
