@@ -227,7 +227,7 @@ def _tokenize(options: argparse.Namespace) -> None:
 
 def verify_shards(folder: Path) -> None:
     """Check every file of a folder of shards; print what is there, raise a UserError that lists what is wrong."""
-    from minillm.data.verify import shard_problems
+    from data_tools.shard_verification import shard_problems
 
     summary, problems = shard_problems(folder)
     if problems:

@@ -24,11 +24,12 @@ from minillm.utils.errors import exit_on_user_error  # noqa: E402
 with exit_on_user_error():
     require_installed(TRAINING)  # before the imports below would say it in twenty lines
 
-from minillm.accounting import flops_per_token, num_parameters  # noqa: E402
-from minillm.config import RunConfig  # noqa: E402
-from minillm.training.deepspeed_config import precision, zero_stage  # noqa: E402
-from minillm.training.planned_states import Zero, parameter_groups, states  # noqa: E402
-from minillm.training.resolve import check_places, model_fields, resolve_run  # noqa: E402
+from minillm.planning.micro_batch import fill_gpu  # noqa: E402
+from minillm.planning.states import Zero, parameter_groups, states  # noqa: E402
+from minillm.settings.accounting import flops_per_token, num_parameters  # noqa: E402
+from minillm.settings.deepspeed_json import precision, zero_stage  # noqa: E402
+from minillm.settings.resolve import check_places, model_fields, resolve_run  # noqa: E402
+from minillm.settings.run import RunConfig  # noqa: E402
 from minillm.utils import commands  # noqa: E402
 from minillm.utils.before_torch import prepare_environment  # noqa: E402
 from minillm.utils.gpus import smallest_gpu_memory  # noqa: E402
@@ -94,7 +95,7 @@ def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]
         stage=stage,
         world_size=ranks(arguments),
         configs_dir=configs_dir(),
-        gpu_memory=smallest_gpu_memory,
+        fill=lambda *settings: fill_gpu(*settings, smallest_gpu_memory()),
     )
     if run.data.train is None:
         train, validation = BUILTIN_SHARDS[stage]

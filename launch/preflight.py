@@ -16,9 +16,9 @@ import sys
 
 import entry
 
-from minillm.accounting import num_parameters
-from minillm.config import RunConfig
-from minillm.training.resolve import model_fields
+from minillm.settings.accounting import num_parameters
+from minillm.settings.resolve import model_fields
+from minillm.settings.run import RunConfig
 from minillm.utils import commands
 from minillm.utils.errors import exit_on_user_error
 

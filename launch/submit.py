@@ -22,10 +22,10 @@ from pathlib import Path
 
 import entry  # noqa: F401 (first: it finds minillm without `pip install`)
 
-from minillm.config import RunConfig
-from minillm.training.devices import DEVICES
-from minillm.training.planning import MFU, Setup, speed
-from minillm.training.resolve import model_fields, resolve_run
+from minillm.planning.devices import DEVICES
+from minillm.planning.step import MFU, Setup, speed
+from minillm.settings.resolve import model_fields, resolve_run
+from minillm.settings.run import RunConfig
 from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.places import configs_dir, launch_dir

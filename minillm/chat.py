@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from minillm.inference.conversation import Conversation
     from minillm.inference.generate import Sampling
-    from minillm.interop.load import ModelFolder
+    from minillm.run_folder import ModelFolder
 
 COMMANDS = """\
 /reset   forget the conversation so far
@@ -171,7 +171,8 @@ def handle(session: Session, message: str) -> None:
 
 def open_session(args: argparse.Namespace) -> Session:
     """Find and load what the arguments name, and say what it is."""
-    from minillm.interop.load import describe_model_folder, load_model_folder, load_tokenizer, resolve_model_folder
+    from minillm.interop.load import load_model_folder, load_tokenizer
+    from minillm.run_folder import describe_model_folder, resolve_model_folder
 
     folder = resolve_model_folder(args.run)
     origin = describe_model_folder(folder)

@@ -2,7 +2,7 @@
 who may run its experts: `--backends RANKS`.
 
 Contract: a table of layers with the parameters of each part, on stdout, without importing torch; the numbers are
-minillm.accounting's, which tests hold against built models. `--draw` makes one picture of all that were named.
+minillm.settings.accounting's, which tests hold against built models. `--draw` makes one picture of all that were named.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
-from minillm.accounting import cache_bytes, describe_layers, flops_per_token, num_parameters
-from minillm.architecture import problems_of
-from minillm.config import convert_field
-from minillm.presets import PRESETS
-from minillm.training.moe_backends import describe_legal
+from minillm.settings.accounting import cache_bytes, describe_layers, flops_per_token, num_parameters
+from minillm.settings.architecture import problems_of
+from minillm.settings.moe_backends import describe_legal
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import convert_field
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.logging import say
@@ -66,7 +66,7 @@ def resolve(words: list[str]) -> dict[str, Fields]:
         for field, text in overrides.items():
             if field not in fields:
                 known = difflib.get_close_matches(field, fields, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(known)}?" if known else "minillm/architecture.py lists them"
+                hint = f"did you mean {' or '.join(known)}?" if known else "minillm/settings/architecture.py lists them"
                 raise UserError(f"{field}={text}: no architecture field; {hint}")
             try:
                 fields[field] = convert_field(field, yaml.safe_load(text), fields[field])

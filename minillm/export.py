@@ -26,7 +26,7 @@ from minillm.utils.threads import set_wait_policy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from minillm.interop.load import ModelFolder
+    from minillm.run_folder import ModelFolder
 
 FORMATS = ("hf", "minillm")
 
@@ -59,7 +59,8 @@ def export(run: str | Path, out: Path, format: str = "hf", dtype: str = "fp32") 
         raise UserError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name a new folder, or delete it first")
-    from minillm.interop.load import describe_model_folder, load_model_folder, load_tokenizer, resolve_model_folder
+    from minillm.interop.load import load_model_folder, load_tokenizer
+    from minillm.run_folder import describe_model_folder, resolve_model_folder
 
     folder = resolve_model_folder(run)
     tokenizer = load_tokenizer(folder)
@@ -115,9 +116,9 @@ def _write(
     from transformers import GenerationConfig
 
     from minillm.inference.generate import stop_token_ids
-    from minillm.interop.load import EXPORT_RECORD
     from minillm.interop.model_card import model_card
     from minillm.interop.own_code import add_own_code
+    from minillm.run_folder import EXPORT_RECORD
 
     stops = stop_token_ids(model, tokenizer)
     model.generation_config = GenerationConfig(

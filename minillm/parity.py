@@ -44,7 +44,7 @@ def main() -> int:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return subprocess.call([sys.executable, *launcher, "-m", "minillm.parity", *sys.argv[1:]])
     from minillm.training.engine import process_group
-    from minillm.training.parity import legal_cases
+    from minillm.training.gradient_parity import legal_cases
 
     def chosen(world_size: int) -> list:
         return [case for case in legal_cases(world_size) if all(word in str(case) for word in arguments.only)]
@@ -61,7 +61,7 @@ ROW = "{:>9s}  {:>9s}  {:>9s}  {:<78s}{}"
 
 def compare(cases: list) -> int:
     """Run the cases and print the table; the exit code."""
-    from minillm.training.parity import TOLERANCE, run_case
+    from minillm.training.gradient_parity import TOLERANCE, run_case
     from minillm.utils.logging import say
 
     start, failed = time.perf_counter(), 0

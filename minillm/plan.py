@@ -16,19 +16,16 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minillm.accounting import num_parameters
-from minillm.config import AUTO_MICRO_BATCH, RunConfig, load_run_config, raise_problems, resolve_accumulation
-from minillm.presets import PRESETS
-from minillm.training.deepspeed_config import precision, zero_stage
-from minillm.training.devices import DEVICES
-from minillm.training.planned_calibration import (
+from minillm.planning.calibration import (
     Result,
     measured_device,
     measured_sentence,
     measured_step,
     read_result,
 )
-from minillm.training.planned_growth import (
+from minillm.planning.choice import GIB, Order, Row, best_row, plan_json, reasons
+from minillm.planning.devices import DEVICES
+from minillm.planning.growth import (
     DISK,
     HASHING,
     Point,
@@ -37,10 +34,13 @@ from minillm.training.planned_growth import (
     refused_sizes,
     seconds,
 )
-from minillm.training.planned_published import check_published, published_table
-from minillm.training.planned_rows import GIB, Order, Row, best_row, plan_json, reasons
-from minillm.training.planning import MFU, Fields, assumptions, cost, days, memory
-from minillm.training.resolve import model_fields
+from minillm.planning.published import check_published, published_table
+from minillm.planning.step import MFU, Fields, assumptions, cost, days, memory
+from minillm.settings.accounting import num_parameters
+from minillm.settings.deepspeed_json import precision, zero_stage
+from minillm.settings.presets import PRESETS
+from minillm.settings.resolve import model_fields
+from minillm.settings.run import AUTO_MICRO_BATCH, RunConfig, load_run_config, raise_problems, resolve_accumulation
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.places import configs_dir, deepspeed_dir

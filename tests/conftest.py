@@ -16,12 +16,12 @@ from minillm.utils.threads import set_wait_policy
 set_wait_policy()  # before anything imports torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.training.tiny_data import TINY_MODEL, TINY_RUN, write_tiny_data  # noqa: E402
+from tests.support.tiny_data import TINY_MODEL, TINY_RUN, write_tiny_data  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> dict[str, str]:
-    """Settings of a tiny corpus on disk (see tests/training/tiny_data.py)."""
+    """Settings of a tiny corpus on disk (see tests/support/tiny_data.py)."""
     return write_tiny_data(tmp_path_factory.mktemp("tiny-data"))
 
 
@@ -47,4 +47,4 @@ def group():
         yield
 
 
-pytest_plugins = ["tests.minutes"]
+pytest_plugins = ["tests.support.minutes"]

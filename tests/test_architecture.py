@@ -1,7 +1,6 @@
 """The import law, read from the syntax trees: arrows only point down, DeepSpeed and W&B stay where they belong.
 
-Imports inside functions count. The floors are DESIGN section 2's, with architecture, presets and accounting beside
-config.py (the README's design notes say why).
+Imports inside functions count.
 """
 
 from __future__ import annotations
@@ -13,34 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 ENTRIES = ("chat", "describe", "export", "parity", "plan", "versions")
+SETTINGS = "minillm.settings"
+CORE = {"utils", "compat", "run_folder", "settings"}
 FLOORS = {  # what each part may import of the project, besides itself
     "utils": set(),
-    "architecture": set(),
-    "presets": {"architecture"},
-    "accounting": {"architecture"},
     "compat": {"utils"},
-    "models": {"architecture", "compat"},
+    "run_folder": {"utils"},
+    "settings": {"run_folder", "utils"},
+    "planning": {"settings", "utils"},
+    "models": {"settings", "compat"},  # of settings, architecture.py alone: see below
     "data": {"compat", "utils"},
-    "interop": {"models", "architecture", "compat", "utils"},
-    "config": {"presets", "architecture", "utils"},
-    "training": {"config", "presets", "architecture", "accounting", "models", "data", "interop", "compat", "utils"},
-    "preflight": {"config", "presets", "architecture", "accounting", "training", "models", "data", "interop", "compat",
-                  "utils"},
+    "interop": {"models", *CORE},
+    "training": {"planning", "models", "data", "interop", *CORE},
+    "preflight": {"training", "planning", "models", "data", "interop", *CORE},
     "inference": {"data", "compat", "utils"},
     "data_tools": {"data", "compat", "utils"},
-    "launch": {"config", "presets", "architecture", "accounting", "training", "preflight", "interop", "compat", "utils",
-               "data_tools"},
+    "launch": {"preflight", "training", "planning", "interop", "data_tools", *CORE},
     "": {"interop"},  # minillm/__init__.py: minillm.load
     "__main__": {"utils", ""},  # starts the entries by their names: a table, no imports
-    **{
-        name: {"config", "presets", "architecture", "accounting", "training", "inference", "interop", "models", "data",
-               "compat", "utils", ""}
-        for name in ENTRIES
-    },
-}  # fmt: skip
+    **{name: {"training", "planning", "inference", "interop", "models", "data", "", *CORE} for name in ENTRIES},
+}
 ONLY_IN = {
     "deepspeed": {"training/engine.py", "compat/deepspeed_api.py"},
     "wandb": {"training/trackers.py", "report.py"},
@@ -105,7 +99,7 @@ def test_models_carry_their_own_code():
     for path in (ROOT / "minillm" / "models").glob("*.py"):
         assert "minillm.models.moe_deepspeed" not in imported(path), path
         for module in imported(path) if path.name != "moe_deepspeed.py" else ():
-            own = module.startswith(("minillm.models", "minillm.architecture", "minillm.compat.transformers_api"))
+            own = module.startswith(("minillm.models", f"{SETTINGS}.architecture", "minillm.compat.transformers_api"))
             assert module.split(".")[0] in MODELS_MAY_USE or own, f"{path}: {module}"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minillm import chat
-from tests.tiny_run import tiny_model, tiny_tokenizer, write_run
+from tests.support.tiny_run import tiny_model, tiny_tokenizer, write_run
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ import sys
 import pytest
 
 from minillm import plan
-from minillm.presets import PRESETS
-from tests.launching import ROOT, checkpoint, command, environment, losses, metrics, run, run_until
+from minillm.settings.presets import PRESETS
+from tests.support.launching import ROOT, checkpoint, command, environment, losses, metrics, run, run_until
 
 JSONS = sorted(p.name for p in (ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted(p.stem for p in (ROOT / "launch" / "configs").glob("*.yaml"))

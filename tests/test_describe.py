@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from minillm import describe
-from minillm.accounting import describe_layers
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
-from tests.launching import ROOT
+from minillm.settings.accounting import describe_layers
+from minillm.settings.presets import PRESETS
+from tests.support.launching import ROOT
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import minillm
 from minillm import export
-from minillm.interop.load import describe_model_folder
+from minillm.run_folder import describe_model_folder
 from minillm.utils.errors import UserError
-from tests.tiny_run import tiny_model, tiny_tokenizer, write_run
-from tests.toy_presets import toy_model
+from tests.support.tiny_run import tiny_model, tiny_tokenizer, write_run
+from tests.support.toy_presets import toy_model
 
 TEXT = "What does len do? 你好"
 END_OF_TEXT, IM_END = 0, 2

@@ -18,7 +18,7 @@ import minillm
 from minillm.__main__ import COMMANDS
 from minillm.utils.commands import LAUNCHER_FLAGS, LAUNCHER_VALUES, split_launcher
 from minillm.utils.files import write_manifest
-from tests.launching import ROOT, environment, run
+from tests.support.launching import ROOT, environment, run
 
 COMMAND = [sys.executable, "-m", "minillm"]
 HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "webdataset", "datasets", "pyarrow", "matplotlib"}

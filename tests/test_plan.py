@@ -18,20 +18,12 @@ import pytest
 import torch
 
 from minillm import plan
-from minillm.accounting import flops_per_token, num_parameters, parameter_shapes
-from minillm.architecture import DEFAULTS
-from minillm.config import OptimSection, RunConfig
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, normalization
 from minillm.models import linear as model_linear
-from minillm.presets import PRESETS
-from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
-from minillm.training.devices import DEVICES
-from minillm.training.muon import update_flops
-from minillm.training.optim import build_optimizer
-from minillm.training.parity import MODELS, Case, run_config
-from minillm.training.planned_activations import activations
-from minillm.training.planned_published import LLAMA_7B, MPT_1B, MPT_3B, MPT_7B, MPT_13B, TINYLLAMA
-from minillm.training.planned_states import (
+from minillm.planning.activations import activations
+from minillm.planning.devices import DEVICES
+from minillm.planning.published import LLAMA_7B, MPT_1B, MPT_3B, MPT_7B, MPT_13B, TINYLLAMA
+from minillm.planning.states import (
     Group,
     Zero,
     gathered,
@@ -40,10 +32,18 @@ from minillm.training.planned_states import (
     states,
     traffic,
 )
-from minillm.training.planning import Setup, exchanged, largest_micro_batch, memory, speed
-from tests.launching import ROOT, run
-from tests.toy_presets import toy_fields, toy_model
-from tests.training.planned import measure
+from minillm.planning.step import Setup, exchanged, largest_micro_batch, memory, speed
+from minillm.settings.accounting import flops_per_token, num_parameters, parameter_shapes
+from minillm.settings.architecture import DEFAULTS
+from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import OptimSection, RunConfig
+from minillm.training.gradient_parity import MODELS, Case, run_config
+from minillm.training.muon import update_flops
+from minillm.training.optim import build_optimizer
+from tests.support.launching import ROOT, run
+from tests.support.planned import measure
+from tests.support.toy_presets import toy_fields, toy_model
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -98,7 +98,7 @@ def engines(request, tmp_path_factory) -> tuple[int, list]:
     cases = [[list(vars(case).values()), zero] for case, zero in CASES[ranks]]
     (folder / "cases.json").write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    worker = str(ROOT / "tests" / "training" / "planned.py")
+    worker = str(ROOT / "tests" / "support" / "planned.py")
     run([*launcher, worker, str(folder / "cases.json"), str(folder / "found.json")])
     return ranks, json.loads((folder / "found.json").read_text())
 

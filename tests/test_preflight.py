@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.config import load_run_config
 from minillm.preflight import machine
 from minillm.preflight.checks import Plan, presence_row, run_rows
 from minillm.preflight.child import Outcome, run_child
@@ -30,8 +29,9 @@ from minillm.preflight.verdicts import (
     judge_peer_access,
     judge_trial,
 )
-from minillm.training.deepspeed_config import resolve_deepspeed_config
-from tests.launching import ROOT, environment, run, words
+from minillm.settings.deepspeed_json import resolve_deepspeed_config
+from minillm.settings.run import load_run_config
+from tests.support.launching import ROOT, environment, run, words
 
 BF16_ZERO2 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 MIB = 2**20
@@ -87,7 +87,7 @@ def test_two_ranks_are_ready(tiny_settings, tmp_path):
 def test_a_peer_that_hangs_is_timed_out_and_named(tmp_path):
     """Two processes with the variables a launcher (or srun) sets; rank 1 never makes its call."""
     common = {**environment(ranks=2), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(ROOT / "tests" / "preflight_hang.py"), "--timeout", "4"]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "preflight_hang.py"), "--timeout", "4"]
     first, second = (
         subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
                          env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -184,7 +184,7 @@ def test_a_rank_that_stops_answering_is_given_up(monkeypatch, alone):
 def test_a_child_that_dies_is_told_with_its_signal():
     outcome = run_child("os:abort", {}, timeout=30)
     assert outcome.kind == "error" and "TypeError" in outcome.problem  # abort takes no report
-    outcome = run_child("tests.preflight_hang:die", {}, timeout=60)
+    outcome = run_child("tests.support.preflight_hang:die", {}, timeout=60)
     assert outcome.kind == "died" and "signal 9 in: about to die" in outcome.problem
     assert outcome.notes == {"found": 7}
 

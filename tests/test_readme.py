@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from minillm.accounting import cache_bytes, flops_per_token, num_parameters
-from minillm.presets import PRESETS
-from tests.launching import ROOT, TIMEOUT, environment
-from tests.training.tiny_data import sentences
+from minillm.settings.accounting import cache_bytes, flops_per_token, num_parameters
+from minillm.settings.presets import PRESETS
+from tests.support.launching import ROOT, TIMEOUT, environment
+from tests.support.tiny_data import sentences
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from tests.launching import ROOT, checkpoint, command, losses, metrics, run, run_until, same_bits
+from tests.support.launching import ROOT, checkpoint, command, losses, metrics, run, run_until, same_bits
 
 STEPS = 12
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launching import ROOT, checkpoint, command, environment, losses, metrics, run, same_bits, words
+from tests.support.launching import ROOT, checkpoint, command, environment, losses, metrics, run, same_bits, words
 
 pytestmark = pytest.mark.slurm
 START = Path(os.environ.get("SLURM_START", ROOT.parent / "shared" / "slurm" / "start-local-slurm.sh"))

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from minillm.config import load_run_config
-from minillm.presets import PRESETS
-from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
-from minillm.training.devices import DEVICES
-from minillm.training.planning import Setup, speed
-from tests.launching import ROOT, environment
+from minillm.planning.devices import DEVICES
+from minillm.planning.step import Setup, speed
+from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import load_run_config
+from tests.support.launching import ROOT, environment
 
 SUBMIT = str(ROOT / "launch" / "submit.py")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, TIMEOUT, checkpoint, command, environment, losses, metrics, run, same_bits
+from tests.support.launching import ROOT, TIMEOUT, checkpoint, command, environment, losses, metrics, run, same_bits
 
 SUPERVISE = str(ROOT / "launch" / "supervise.sh")
 ZERO2 = ROOT / "ds_configs" / "zero2.json"

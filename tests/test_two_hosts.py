@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, TIMEOUT, checkpoint, environment, losses, same_bits, words
+from tests.support.launching import ROOT, TIMEOUT, checkpoint, environment, losses, same_bits, words
 
 pytestmark = pytest.mark.slurm
 ADDRESSES = {"here": "10.77.91.1", "there": "10.77.91.2"}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, TIMEOUT, environment, losses, words
+from tests.support.launching import ROOT, TIMEOUT, environment, losses, words
 
 pytest.importorskip("build", reason='pip install -e ".[tests]"')
 SOURCES = ("setup.py", "README.md", "minillm", "data_tools", "launch", "ds_configs")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minillm.data.stream import IGNORED, SequenceStream
+from minillm.data.sequence_stream import IGNORED, SequenceStream
 from minillm.utils.errors import UserError
 
 _LENGTH_STEP = 64

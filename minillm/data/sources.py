@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from minillm.data.shards import (
+from minillm.data.text_shards import (
     INDEX,
     TEXT_FORMAT,
     TEXTS,
@@ -154,13 +154,13 @@ def find_shards(path: str, cache_dir: Path) -> list[FoundShards]:
             for file in _matches(pattern, path):
                 _add(folders, file if file.is_dir() else file.parent, None if file.is_dir() else file.name, path)
         elif scheme.group().lower() in ("http:", "https:"):
-            from minillm.data.download import split_url
+            from minillm.data.remote_shards import split_url
 
             _add(urls, *split_url(pattern), path)
         else:
             raise UserError(f"{pattern}: {scheme.group()} is not supported, nothing is run: name a path or an http URL")
     if urls:
-        from minillm.data.download import fetch_shards
+        from minillm.data.remote_shards import fetch_shards
 
         for base, names in urls.items():
             folders[fetch_shards(base, names, cache_dir)] = names
@@ -235,7 +235,7 @@ def _text_shards(found: list[FoundShards]) -> tuple[list[TextShard], str]:
 
 
 def _key(shards: list[TextShard], fingerprint: str) -> str:
-    from minillm.data.compile import source_key_of
+    from minillm.data.compile_shards import source_key_of
 
     return hashlib.sha256(json.dumps(source_key_of(shards, fingerprint)).encode()).hexdigest()[:16]
 
@@ -265,7 +265,7 @@ def _compiled(
 
 
 def _compile(shards, tokenizer, out: Path, kind: str, key: str, workers: int | None, max_bad_samples: int) -> None:
-    from minillm.data.compile import compile_text_shards
+    from minillm.data.compile_shards import compile_text_shards
 
     compile_text_shards(
         shards, tokenizer, out, kind=kind, source_key=key, workers=workers, max_bad_samples=max_bad_samples

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minillm.data.shards import FoundShards
+from minillm.data.text_shards import FoundShards
 from minillm.data.token_shards import TokenShard
 from minillm.utils.errors import UserError
 from minillm.utils.logging import warn

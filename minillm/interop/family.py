@@ -14,9 +14,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from minillm.architecture import DEFAULTS, EXPERT_FIELDS, EXPERT_OPTIONS
 from minillm.interop.weights import Rule
 from minillm.models import MiniLLMConfig
+from minillm.settings.architecture import DEFAULTS, EXPERT_FIELDS, EXPERT_OPTIONS
 from minillm.utils.errors import UserError
 
 Fields = Mapping[str, object]

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel
 
-from minillm.interop.load import ModelFolder
+from minillm.run_folder import ModelFolder
 from minillm.utils.files import read_json
 
 SHAPE = (

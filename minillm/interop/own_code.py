@@ -1,8 +1,8 @@
 """Beside a saved model of ours, the code it needs: for families that no class of transformers computes.
 
 Contract: the folder loads in a process that has torch and transformers only, with `trust_remote_code=True`. The code is
-minillm/models (with minillm/architecture.py and minillm/compat/transformers_api.py) as it stands, its imports made
-relative: transformers' loader wants flat folders. Only what the model needs is copied.
+minillm/models (with minillm/settings/architecture.py and minillm/compat/transformers_api.py) as it stands, its imports
+made relative: transformers' loader wants flat folders. Only what the model needs is copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, MiniLLMModel
 from minillm.utils.files import read_json, write_json
 
 AUTO_CLASSES = {"AutoConfig": MiniLLMConfig, "AutoModel": MiniLLMModel, "AutoModelForCausalLM": MiniLLMForCausalLM}
-_IMPORT = re.compile(r"^(\s*)from minillm\.(?:models\.|compat\.)?(\w+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^(\s*)from minillm\.(?:models\.|compat\.|settings\.)?(\w+) import", re.MULTILINE)
 
 
 def add_own_code(folder: Path) -> list[str]:

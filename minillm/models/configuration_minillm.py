@@ -1,6 +1,6 @@
 """The architecture as data: which mechanism each layer has, and its shapes.
 
-Contract: the fields, their meaning and the rules between them are minillm.architecture's. `rope_theta` and
+Contract: the fields, their meaning and the rules between them are minillm.settings.architecture's. `rope_theta` and
 `rope_scaling` stand flat, as in the config files of published models, and not inside transformers 5's
 `rope_parameters`, so that a run can set them as `model.rope_theta`; interop converts. `layer_types` and
 `mlp_layer_types` are full lists once the config is built. A shape that cannot work raises ValueError with the field,
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from minillm.architecture import DEFAULTS, layer_types, mlp_layer_types, problems_of
+from minillm.settings.architecture import DEFAULTS, layer_types, mlp_layer_types, problems_of
 
 
 class MiniLLMConfig(PretrainedConfig):
-    """Configuration of MiniLLMForCausalLM; every field of minillm.architecture.DEFAULTS, in that order."""
+    """Configuration of MiniLLMForCausalLM; every field of minillm.settings.architecture.DEFAULTS, in that order."""
 
     model_type = "minillm"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # by the older and the newer transformers
@@ -99,5 +99,5 @@ class MiniLLMConfig(PretrainedConfig):
         return self.mlp_layer_types[min(layer_idx, self.num_hidden_layers - 1)] == "sparse"
 
     def fields(self) -> dict[str, object]:
-        """The architecture fields alone: what presets hold, and what minillm.accounting reads."""
+        """The architecture fields alone: what presets hold, and what minillm.settings.accounting reads."""
         return {name: getattr(self, name) for name in DEFAULTS}

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from minillm.architecture import rotary_dim
 from minillm.models.configuration_minillm import MiniLLMConfig
+from minillm.settings.architecture import rotary_dim
 
 Scaling = Mapping[str, object]  # config.rope_scaling
 
@@ -23,8 +23,8 @@ Scaling = Mapping[str, object]  # config.rope_scaling
 class RotaryEmbedding(nn.Module):
     """Angles of rotary positions (Su et al., arXiv:2104.09864) in the half-split layout of Llama.
 
-    Of each head the first R = minillm.architecture.rotary_dim dimensions rotate. `rope_scaling` stretches the context
-    by one of ROPE_TYPES.
+    Of each head the first R = minillm.settings.architecture.rotary_dim dimensions rotate. `rope_scaling` stretches the
+    context by one of ROPE_TYPES.
 
     The frequencies are computed in fp32 at each forward and are no buffer: a buffer would be rounded to bf16 by
     `model.bfloat16()`, which is what DeepSpeed calls, and long positions would turn by the wrong angle.

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from minillm.config import RunConfig
 from minillm.preflight.child import Outcome, Report, function_of
 from minillm.preflight.disk import scratch_folder
 from minillm.preflight.ranks import Ranks
@@ -29,7 +28,8 @@ from minillm.preflight.verdicts import (
     judge_trial,
     trials_of_environment,
 )
-from minillm.training.deepspeed_config import precision
+from minillm.settings.deepspeed_json import precision
+from minillm.settings.run import RunConfig
 
 LOOK_AND_PROBE = "minillm.preflight.checks:look_and_probe"
 PROBE = "minillm.preflight.links:probe"

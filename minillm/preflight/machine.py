@@ -22,7 +22,7 @@ from minillm.compat.versions import TRAINING, environment_problem
 from minillm.preflight.child import Report
 from minillm.preflight.disk import disk_row, space
 from minillm.preflight.rows import FAIL, OK, WARN, Row
-from minillm.training.run_folder import describe_environment
+from minillm.run_folder import describe_environment
 from minillm.utils import distributed
 
 GIB = 2**30

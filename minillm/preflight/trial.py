@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from minillm.config import RunConfig
 from minillm.data.sources import TokenSource
-from minillm.interop.load import list_checkpoints
 from minillm.preflight.child import Report
+from minillm.run_folder import list_checkpoints
+from minillm.settings.run import RunConfig
 from minillm.training.build import Data, build_loader, open_data, resolve_model_config
 from minillm.training.engine import process_group
 from minillm.training.loop import Trainer

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from minillm.config import RunConfig, Sources, model_overrides
 from minillm.data.loader import BatchLoader
+from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import TokenSource, open_sources
-from minillm.data.stream import build_stream
 from minillm.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
-from minillm.interop.load import newest_run_checkpoint, resolve_model_folder
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
+from minillm.run_folder import newest_run_checkpoint, resolve_model_folder
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import RunConfig, Sources, model_overrides
 from minillm.training.checkpoint import newest_to_resume
 from minillm.utils import distributed
 from minillm.utils.errors import UserError

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from minillm.compat.deepspeed_api import link_optimizer_states, set_counters
 from minillm.data.tokenizer import save_tokenizer
-from minillm.interop.load import list_checkpoints, newest_checkpoint
+from minillm.run_folder import list_checkpoints, newest_checkpoint
 from minillm.training.expert_parallel import whole_parameters
 from minillm.training.optim import MOMENTS, moments_of
 from minillm.training.safetensors_stream import SafetensorsWriter

@@ -31,9 +31,9 @@ from minillm.compat.deepspeed_api import (
     leave_out_inference_ops,
     link_optimizer_states,
 )
-from minillm.config import RunConfig
 from minillm.models.capacity import Capacity
-from minillm.training.deepspeed_config import precision
+from minillm.settings.deepspeed_json import precision
+from minillm.settings.run import RunConfig
 from minillm.training.expert_parallel import parallelise_experts
 from minillm.training.muon import Muon
 from minillm.training.optim import build_optimizer

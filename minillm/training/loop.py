@@ -15,20 +15,16 @@ from pathlib import Path
 
 import torch
 
-from minillm.accounting import flops_per_token
+from minillm import run_folder
 from minillm.compat.deepspeed_api import set_counters
-from minillm.config import RunConfig, raise_problems
 from minillm.data.tokenizer import token_byte_lengths
 from minillm.models import MiniLLMConfig
-from minillm.training import checkpoint, run_folder
-from minillm.training.balance import (
-    count_idle_steps,
-    experts_record,
-    idle_warning,
-    sparse_layers,
-    summary,
-    update_router_biases,
-)
+from minillm.settings.accounting import flops_per_token
+from minillm.settings.deepspeed_json import precision
+from minillm.settings.moe_backends import resolve_moe_backend
+from minillm.settings.resume import check_resumable
+from minillm.settings.run import RunConfig, dump_run_config, raise_problems
+from minillm.training import checkpoint
 from minillm.training.build import (
     Data,
     build_loader,
@@ -39,7 +35,6 @@ from minillm.training.build import (
     open_data,
     resolve_model_config,
 )
-from minillm.training.deepspeed_config import precision
 from minillm.training.engine import (
     NonFiniteError,
     RejectedLossError,
@@ -49,8 +44,15 @@ from minillm.training.engine import (
     run_step,
 )
 from minillm.training.engine import warm_up as warm_up_engine
+from minillm.training.expert_load import (
+    count_idle_steps,
+    experts_record,
+    idle_warning,
+    sparse_layers,
+    summary,
+    update_router_biases,
+)
 from minillm.training.metrics import Meter, format_seconds, peak_flops, progress_line
-from minillm.training.moe_backends import resolve_moe_backend
 from minillm.training.optim import learning_rate_at
 from minillm.training.recovery import RollBack, SkippedBatches, record_event, spike_threshold
 from minillm.training.signals import StopRequest
@@ -120,9 +122,10 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
     config = resolve_model_config(run, data)
     with (
         deterministic_kernels(run.train.deterministic),
-        run_folder.only_writer(run.run_dir),
+        contextlib.ExitStack() as held,
         contextlib.closing(Watch(run.faults.timeout)) as watch,
     ):
+        distributed.on_rank_zero(lambda: held.enter_context(run_folder.only_writer(run.run_dir)) and None)
         while True:
             trainer = Trainer(run, data, watch)
             if trainer.is_complete():
@@ -186,7 +189,7 @@ class Trainer:
         if recorded is None:
             self.warn(f"{self.config.run_dir / 'run.yaml'} is missing: nobody can tell whether the seed is the same")
         else:
-            run_folder.check_resumable(self.config, recorded)
+            check_resumable(self.config, recorded)
         _, values = checkpoint.read_state(self.source)
         if values["data"] != self.data.fingerprint:
             raise UserError(
@@ -208,7 +211,11 @@ class Trainer:
         # Again for a preset, which the command line has settled; what init_from names is known only here.
         problems = resolve_moe_backend(run, config.fields(), deepspeed_config, distributed.world_size())
         raise_problems(problems, f"on {distributed.world_size()} rank(s)")
-        distributed.on_rank_zero(lambda: run_folder.write_settings(run, deepspeed_config, config.to_diff_dict()))
+        distributed.on_rank_zero(
+            lambda: run_folder.write_settings(
+                run.run_dir, dump_run_config(run), deepspeed_config, config.to_diff_dict(), distributed.world_size()
+            )
+        )
         model = build_model(run, config)
         exact = None
         if self.source is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minillm.training.devices import datasheet_flops
+from minillm.planning.devices import datasheet_flops
 from minillm.training.state import TrainState
 from minillm.utils import distributed
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minillm.compat.deepspeed_api import is_moe_param, split_params_into_different_moe_groups_for_optimizer
-from minillm.config import OptimSection
+from minillm.settings.run import OptimSection
 from minillm.training.expert_parallel import whole_parameters
 from minillm.training.muon import Muon, is_matrix, matrices_of
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from minillm.config import RunConfig
-from minillm.training.balance import scalars
+from minillm.settings.run import RunConfig
+from minillm.training.expert_load import scalars
 from minillm.utils.errors import UserError
 from minillm.utils.files import write_atomic
 from minillm.utils.logging import say, warn
@@ -38,7 +38,7 @@ class Tracker:
         """Add one record; a step's keys are merged by their readers, a later line wins.
 
         Args:
-            experts: minillm.training.balance.experts_record of the step.
+            experts: minillm.training.expert_load.experts_record of the step.
         """
         self._append("metrics.jsonl", {"step": step, **record})
         if experts is not None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from minillm.utils.threads import WAIT_VARIABLES, num_cores  # noqa: E402
-from tests.launching import TIMEOUT, command, environment, metrics  # noqa: E402
+from tests.support.launching import TIMEOUT, command, environment, metrics  # noqa: E402
 
 POLICIES = {
     "before": {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": "all"},

@@ -262,10 +262,10 @@ def model_fields(row: Row, args: argparse.Namespace) -> dict[str, object]:
 
 def configuration(row: Row, args: argparse.Namespace, precision: str):
     """The trainer's configuration of a row, and DeepSpeed's: the shipped JSON, in the precision that was asked for."""
-    from minillm.config import RunConfig, raise_problems
     from minillm.models import MiniLLMConfig
-    from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
-    from minillm.training.moe_backends import resolve_moe_backend
+    from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
+    from minillm.settings.moe_backends import resolve_moe_backend
+    from minillm.settings.run import RunConfig, raise_problems
 
     shared_out = row.backend in ("deepspeed", "autoep")
     run = RunConfig.model_validate({

@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from minillm.accounting import cache_bytes, num_parameters
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
+from minillm.settings.accounting import cache_bytes, num_parameters
+from minillm.settings.presets import PRESETS
 
 ROW = "{:<28} {:>12} {:>14} {:>13} {:>12} {:>13}"
 

@@ -71,8 +71,8 @@ def write_tokens(folder: Path, num_tokens: int) -> Path:
 
 def measure(folder: Path, packing: str, micro: int, batch: int, seq_len: int) -> None:
     from minillm.data.loader import BatchLoader
-    from minillm.data.shards import FoundShards, read_shard_index
-    from minillm.data.stream import build_stream
+    from minillm.data.sequence_stream import build_stream
+    from minillm.data.text_shards import FoundShards, read_shard_index
     from minillm.data.token_source import open_token_source
 
     index = read_shard_index(folder)

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from minillm.data.loader import BatchLoader
 from minillm.data.sources import open_sources
-from minillm.data.stream import build_stream
+from minillm.data.sequence_stream import build_stream
 sources = open_sources(sys.argv[1], tokenizer_path=Path(sys.argv[2]), cache_dir=Path(sys.argv[1]).parent / "cache")
 stream = build_stream(sources, seq_len=512, packing="concat", seed=0)
 loader = BatchLoader(stream, train_batch_size=512, micro_batch_size=32, rank=0, world_size=1)

@@ -23,7 +23,7 @@ from minillm.models.attention import GroupedQueryAttention
 from minillm.models.mixers import build_masks
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
-from minillm.presets import PRESETS
+from minillm.settings.presets import PRESETS
 
 ROW = "{:<28} {:>10} {:>14} {:>8} {:>12}"
 Run = Callable[[torch.Tensor], torch.Tensor]

@@ -33,10 +33,10 @@ def main() -> None:
     args = parse_arguments()
     import torch
 
-    from minillm.accounting import flops_per_token
     from minillm.interop import to_transformers
     from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-    from minillm.presets import PRESETS
+    from minillm.settings.accounting import flops_per_token
+    from minillm.settings.presets import PRESETS
 
     torch.set_num_threads(args.threads)
     fields, device = PRESETS[args.preset], torch.device(args.device)

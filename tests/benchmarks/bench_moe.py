@@ -35,7 +35,7 @@ def main() -> None:
     from minillm.models import MiniLLMConfig
     from minillm.models.mlp import build_dense_mlp
     from minillm.models.moe import SparseMoE
-    from minillm.presets import PRESETS
+    from minillm.settings.presets import PRESETS
 
     torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -34,8 +34,8 @@ def main() -> None:
         os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
 
     from data_tools.shards import build_shards
-    from minillm.data.compile import compile_text_shards
-    from minillm.data.shards import TEXTS, read_shard_index, text_shards_of_index
+    from minillm.data.compile_shards import compile_text_shards
+    from minillm.data.text_shards import TEXTS, read_shard_index, text_shards_of_index
     from minillm.data.tokenizer import train_bpe_tokenizer
 
     with tempfile.TemporaryDirectory() as name:

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.launching import environment, metrics, words  # noqa: E402
+from tests.support.launching import environment, metrics, words  # noqa: E402
 
 SKIP = 3
 
@@ -104,7 +104,7 @@ def trainer_worker(args: argparse.Namespace) -> None:
 
     from minillm.interop.convert import config_to_transformers
     from minillm.models import MiniLLMConfig
-    from minillm.presets import PRESETS
+    from minillm.settings.presets import PRESETS
 
     ranks = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
@@ -140,10 +140,10 @@ def bare_worker(args: argparse.Namespace) -> None:
     import torch
 
     from minillm.data.loader import BatchLoader
+    from minillm.data.sequence_stream import build_stream
     from minillm.data.sources import open_sources
-    from minillm.data.stream import build_stream
     from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-    from minillm.presets import PRESETS
+    from minillm.settings.presets import PRESETS
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from minillm.compat.transformers_api import CACHE_NAME, linear_attention_states
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 IDS = torch.arange(1, 13)[None]
 

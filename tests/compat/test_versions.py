@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from minillm.compat import versions
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 from tests.test_import_time import modules_after
 
 PYTHONS = ("3.10.13", "3.11.7", "3.12.1", "3.13.0")

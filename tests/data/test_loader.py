@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from minillm.data.loader import BatchLoader, document_borders
-from minillm.data.stream import build_stream
+from minillm.data.sequence_stream import build_stream
 from minillm.models.attention import document_borders_of
 from minillm.utils.errors import UserError
-from tests.data.token_data import IGNORED, open_folder, random_documents, write_token_folder
+from tests.support.token_data import IGNORED, open_folder, random_documents, write_token_folder
 
 BATCH = 16
 

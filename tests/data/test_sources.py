@@ -16,10 +16,10 @@ import pytest
 
 from data_tools.shards import build_shards
 from minillm.data.chat_template import encode_conversation
-from minillm.data.shards import iterate_samples, read_shard_index, text_shards_of_index
+from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import open_sources, tokenize_shards
-from minillm.data.stream import build_stream
 from minillm.data.text_encoding import encode_texts
+from minillm.data.text_shards import iterate_samples, read_shard_index, text_shards_of_index
 from minillm.data.tokenizer import build_char_tokenizer, load_tokenizer, train_bpe_tokenizer
 from minillm.utils.errors import UserError
 
@@ -154,7 +154,7 @@ def test_compiled_once_and_again_when_something_changed(data, copy, tmp_path, ca
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_output_is_the_same_for_any_number_of_workers(data, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("minillm.data.compile.UNIT_BYTES", 4000)  # many pieces a shard
+    monkeypatch.setattr("minillm.data.compile_shards.UNIT_BYTES", 4000)  # many pieces a shard
     tokenize_shards(str(data / "text"), tokenizer_path=data / "tokenizer", out=tmp_path / "out", workers=workers)
     (source,) = open_in(data, str(data / "text"), tmp_path / "cache")
     reference = source.shards[0].path.parent
@@ -281,13 +281,13 @@ def test_no_document_at_all(data, tmp_path):
 OPEN = """
 import sys, time
 from pathlib import Path
-from minillm.data import compile, sources
+from minillm.data import compile_shards, sources
 slow = float(sys.argv[4])
 if slow:  # every piece takes a while, so that others come while it runs
-    fast = compile._encode_unit
+    fast = compile_shards._encode_unit
     def _encode_unit(unit): time.sleep(slow); return fast(unit)
-    compile._encode_unit, compile.UNIT_BYTES = _encode_unit, 8000
-    _encode_unit.__module__, _encode_unit.__qualname__ = "minillm.data.compile", "_encode_unit"
+    compile_shards._encode_unit, compile_shards.UNIT_BYTES = _encode_unit, 8000
+    _encode_unit.__module__, _encode_unit.__qualname__ = "minillm.data.compile_shards", "_encode_unit"
 source, = sources.open_sources(sys.argv[1], tokenizer_path=Path(sys.argv[2]), cache_dir=Path(sys.argv[3]))
 print(source)
 """

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from tests.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 _KILLED = """
 import importlib, os, sys

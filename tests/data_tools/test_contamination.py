@@ -18,7 +18,7 @@ from data_tools.records import TextField
 from minillm.utils.errors import UserError
 from tests.benchmarks.planted import real_texts, tokens
 from tests.data_tools.killing import killed_runs
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data in {SHARED} is not there")

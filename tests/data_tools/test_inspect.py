@@ -17,7 +17,7 @@ from data_tools.inspection.measures import BoundedCounter, Measures, merge, quan
 from data_tools.records import TextField
 from minillm.data.tokenizer import load_tokenizer
 from minillm.utils.errors import UserError
-from tests.launching import run
+from tests.support.launching import run
 
 ENGLISH = "The committee has said that the report which they were given is not what it had asked for, {n} times. "
 TEXTS = [

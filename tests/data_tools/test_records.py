@@ -21,7 +21,7 @@ from data_tools import files, formats
 from data_tools.readers import iterate_documents
 from data_tools.records import Rejected, TextField, find_units, iterate_records, read_unit
 from minillm.utils.errors import UserError
-from tests.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 pyarrow = pytest.importorskip("pyarrow")
 zstandard = pytest.importorskip("zstandard")

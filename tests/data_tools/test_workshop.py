@@ -16,7 +16,7 @@ from data_tools.parallel import run_units
 from data_tools.records import Rejected, TextField, find_units, iterate_records
 from data_tools.workshop import Stage, require, run_stage
 from minillm.utils.errors import UserError
-from tests.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 
 class Odd(Stage):

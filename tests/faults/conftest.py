@@ -57,7 +57,7 @@ def cell(text: str) -> str:
 @pytest.fixture(scope="module")
 def straight(tiny_settings, tmp_path_factory) -> dict:
     """The settings of an unbroken run of six steps with checkpoints at 2, 4 and 6."""
-    from tests.training.in_process import train
+    from tests.support.in_process import train
 
     own = {"run_root": str(tmp_path_factory.mktemp("straight")), "run_name": "r", "train.max_steps": 6,
            "train.train_micro_batch_size_per_gpu": 4, "checkpoint.every": 2, "validation.every": 0,

@@ -1,6 +1,6 @@
 """Shards for the damage campaign: tars no tool of ours would write, token shards with what their index agrees with.
 
-Contract: writes below the folders it is given; documents are sentences of tests/training/tiny_data.py.
+Contract: writes below the folders it is given; documents are sentences of tests/support/tiny_data.py.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minillm.interop.load import list_checkpoints
+from minillm.run_folder import list_checkpoints
 from minillm.utils.files import manifest_problems
 from tests.faults.places import Place
-from tests.launching import ROOT, TIMEOUT, checkpoint, command, environment, losses, run, same_bits
+from tests.support.launching import ROOT, TIMEOUT, checkpoint, command, environment, losses, run, same_bits
 
 WRAPPER = ROOT / "tests" / "faults" / "kill_at.py"
 STEPS = 72

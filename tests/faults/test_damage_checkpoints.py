@@ -23,8 +23,8 @@ from minillm.training.checkpoint import newest_to_resume
 from minillm.utils.errors import UserError
 from minillm.utils.files import MANIFEST, manifest_problems, write_json
 from tests.faults.damage_files import as_nobody, contents, cut, flip, group_of_one, relist
-from tests.launching import ROOT, checkpoint, command, losses, run, same_bits
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import ROOT, checkpoint, command, losses, run, same_bits
 
 pytestmark = pytest.mark.faults
 SECTION = "Damaged checkpoints"

@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.damage_configs import ALL, FP32, Bad
 from tests.faults.damage_files import contents
-from tests.launching import ROOT, command, environment, run
+from tests.support.launching import ROOT, command, environment, run
 
 pytestmark = pytest.mark.faults
 SECTION = "Bad configurations"

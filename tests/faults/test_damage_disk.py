@@ -20,8 +20,8 @@ from minillm.utils.errors import UserError
 from minillm.utils.files import manifest_problems
 from tests.faults.damage_disk import small_disk
 from tests.faults.damage_files import contents, group_of_one
-from tests.launching import checkpoint, command, losses, run, same_bits
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import checkpoint, command, losses, run, same_bits
 
 pytestmark = pytest.mark.faults
 SECTION = "Full disks and folders that cannot be written"

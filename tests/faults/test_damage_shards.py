@@ -21,17 +21,17 @@ import pytest
 
 from data_tools.shards import build_shards
 from data_tools.shards import main as shards_main
+from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import open_sources
-from minillm.data.stream import build_stream
 from minillm.data.text_encoding import fingerprint
 from minillm.data.tokenizer import load_tokenizer, train_bpe_tokenizer
 from minillm.utils.errors import UserError
-from tests.data.token_data import write_token_folder
 from tests.faults import damage_shards as make
 from tests.faults.damage_files import as_nobody, contents, cut, flip, group_of_one
-from tests.launching import ROOT, command, run
-from tests.training.in_process import train
-from tests.training.tiny_data import TINY_MODEL, TINY_RUN, sentences
+from tests.support.in_process import train
+from tests.support.launching import ROOT, command, run
+from tests.support.tiny_data import TINY_MODEL, TINY_RUN, sentences
+from tests.support.token_data import write_token_folder
 
 pytestmark = pytest.mark.faults
 TEXT, FOREIGN, TOKENS = "Damaged text shards", "Damaged tars without an index", "Damaged token shards"
@@ -217,7 +217,7 @@ def test_only_verify_sees_what_a_run_does_not_need(place, fault_table):
 
 def test_a_shard_that_may_not_be_read(place, fault_table):
     """Root reads everything: what the file is asked runs as nobody."""
-    from minillm.data.shards import TextShard
+    from minillm.data.text_shards import TextShard
 
     folder = place.copy("text")
     (folder / MIDDLE).chmod(0)

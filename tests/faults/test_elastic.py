@@ -13,7 +13,7 @@ import json
 import pytest
 
 from tests.faults.kills import EXPERTS
-from tests.launching import ROOT, command, losses, metrics, run
+from tests.support.launching import ROOT, command, losses, metrics, run
 
 pytestmark = pytest.mark.faults
 FP32 = {"bf16": {"enabled": False}}

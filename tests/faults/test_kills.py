@@ -26,7 +26,7 @@ from tests.faults.kills import (
     wait_until_alone,
     whole_lines,
 )
-from tests.launching import TIMEOUT, losses
+from tests.support.launching import TIMEOUT, losses
 
 pytestmark = pytest.mark.faults
 SYNCHRONOUS, ASYNCHRONOUS = {"checkpoint.asynchronous": False}, {"checkpoint.asynchronous": True}

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationMixin
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
+from minillm.settings.presets import PRESETS
 
 PROMPT, NEW = 64, 128
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, attention, delta_rule, experts
-from minillm.presets import PRESETS
+from minillm.settings.presets import PRESETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")

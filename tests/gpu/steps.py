@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-from minillm.accounting import flops_per_token
-from minillm.config import RunConfig
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
-from minillm.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
+from minillm.planning.step import Setup, memory
+from minillm.settings.accounting import flops_per_token
+from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import RunConfig
 from minillm.training.engine import build_engine, process_group, run_step
 from minillm.training.metrics import peak_flops
-from minillm.training.planning import Setup, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = 2  # steps before the clock starts: optimizer state, and graphs of shapes that vary

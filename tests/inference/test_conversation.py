@@ -4,7 +4,7 @@ import pytest
 
 from minillm.inference.conversation import Conversation, chat_encoder, continuation_encoder
 from minillm.utils.errors import UserError
-from tests.tiny_run import tiny_tokenizer
+from tests.support.tiny_run import tiny_tokenizer
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from minillm.data.tokenizer import build_char_tokenizer
 from minillm.inference.generate import IncrementalDecoder, Sampling, stream_reply
 from minillm.utils.errors import UserError
-from tests.tiny_run import TEXTS, tiny_model, tiny_tokenizer
+from tests.support.tiny_run import TEXTS, tiny_model, tiny_tokenizer
 
 CHINESE = "深度学习：模型一个字一个字地说话。😀 ok"
 GREEDY = Sampling(temperature=0, max_new_tokens=40)

@@ -12,10 +12,10 @@ from minillm.interop.convert import config_from_transformers, config_to_transfor
 from minillm.interop.families import FAMILIES
 from minillm.interop.family import TRAINING_ONLY
 from minillm.models import MiniLLMConfig
-from minillm.presets import PRESETS
+from minillm.settings.presets import PRESETS
 from minillm.utils.errors import UserError
-from tests.interop.native_models import YARN, make_native
-from tests.toy_presets import toy_fields, toy_model
+from tests.support.native_models import YARN, make_native
+from tests.support.toy_presets import toy_fields, toy_model
 
 NATIVE = {
     "demo": "llama",

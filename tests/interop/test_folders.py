@@ -13,8 +13,8 @@ from minillm.interop.convert import load_as_minillm, load_config_as_minillm
 from minillm.interop.load import load_model_folder
 from minillm.interop.weights import fill
 from minillm.utils.errors import UserError
-from tests.interop.native_models import CASES, make_native, randomise
-from tests.toy_presets import toy_model
+from tests.support.native_models import CASES, make_native, randomise
+from tests.support.toy_presets import toy_model
 
 PER_EXPERT = {  # how a published folder names one expert's gate
     "mixtral": "model.layers.0.block_sparse_moe.experts.4.w1.weight",

@@ -9,17 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm
-from minillm.interop.load import (
-    describe_model_folder,
-    load_model,
-    load_model_folder,
-    load_tokenizer,
-    newest_checkpoint,
-    newest_run_checkpoint,
-    resolve_model_folder,
-)
+from minillm.interop.load import load_model, load_model_folder, load_tokenizer
+from minillm.run_folder import describe_model_folder, newest_checkpoint, newest_run_checkpoint, resolve_model_folder
 from minillm.utils.errors import UserError
-from tests.tiny_run import tiny_model, tiny_tokenizer, write_run
+from tests.support.tiny_run import tiny_model, tiny_tokenizer, write_run
 
 
 @pytest.fixture

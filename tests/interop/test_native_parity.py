@@ -10,8 +10,8 @@ from minillm.interop import from_transformers, to_transformers
 from minillm.interop.families import FAMILIES
 from minillm.interop.family import MULTI_TOKEN
 from minillm.interop.weights import to_theirs
-from tests.interop.native_models import CASES, make_native, randomise
-from tests.toy_presets import toy_model
+from tests.support.native_models import CASES, make_native, randomise
+from tests.support.toy_presets import toy_model
 
 TOLERANCE = 1e-4
 CHANGES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.launching import ROOT, command, environment
+from tests.support.launching import ROOT, command, environment
 
 
 def test_compiling_without_a_compiler_is_one_line(tmp_path):

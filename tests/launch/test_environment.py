@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 SETUP = "from setuptools import setup\nsetup(name='toy-of-a-test', version='1', py_modules=[], install_requires=[{}])\n"
 

@@ -22,7 +22,7 @@ from minillm.models.attention import (
     document_borders_of,
 )
 from minillm.models.positions import RotaryEmbedding
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 MODULE = {"rtol": 1e-5, "atol": 1e-5}
 SHAPE = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from minillm.models import MiniLLMForCausalLM
 from minillm.models.attention import attend
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 MODEL = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -8,7 +8,7 @@ from deepspeed.moe.sharded_moe import topkgating
 
 from minillm.models.capacity import Capacity, limit_capacity
 from minillm.models.routers import Choice
-from tests.models.sparse_block import SIGMOID, D, E, block_of
+from tests.support.sparse_block import SIGMOID, D, E, block_of
 
 
 def tokens(number: int = 50) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import minillm.models.linear as linear
-from tests.models.sparse_block import (
+from tests.support.sparse_block import (
     KINDS,
     D,
     H,

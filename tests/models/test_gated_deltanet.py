@@ -12,7 +12,7 @@ from minillm.models import MiniLLMConfig, delta_rule
 from minillm.models.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from minillm.models.gated_deltanet import GatedDeltaNet, Segments
 from tests.reference.gated_delta_rule import gated_delta_rule
-from tests.toy_presets import toy_fields, toy_model
+from tests.support.toy_presets import toy_fields, toy_model
 
 EXACT = 1e-5
 BATCH, KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 2, 6, 8, 5

@@ -11,7 +11,7 @@ from minillm.interop.rotary_layout import interleaved_to_split, split_to_interle
 from minillm.models import MiniLLMConfig
 from minillm.models.latent_attention import LatentAttention
 from minillm.models.positions import build_positions
-from tests.toy_presets import toy_fields, toy_model
+from tests.support.toy_presets import toy_fields, toy_model
 
 MODULE = {"rtol": 1e-5, "atol": 1e-5}
 MODEL = {"rtol": 1e-4, "atol": 1e-4}

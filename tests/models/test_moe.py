@@ -15,7 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 
 from minillm.models.capacity import Capacity
 from minillm.models.moe import SparseMoE
-from tests.models.sparse_block import (
+from tests.support.sparse_block import (
     KINDS,
     SIGMOID,
     D,
@@ -28,7 +28,7 @@ from tests.models.sparse_block import (
     outputs_and_gradients,
     sigmoid_toy,
 )
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 # transformers' own blocks
 

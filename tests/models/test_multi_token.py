@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.test_latent_attention import DENSE
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 LATENT, GROUPED = ("deepseek-v3-mini", DENSE), ("llama3-mini", {})

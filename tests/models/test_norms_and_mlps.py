@@ -14,7 +14,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 from minillm.models import MiniLLMConfig
 from minillm.models.mlp import ACTIVATIONS, build_dense_mlp
 from minillm.models.normalization import NORMS, ZeroCenteredRMSNorm, build_norm
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 MODULE = {"rtol": 1e-5, "atol": 1e-5}
 THEIRS = {

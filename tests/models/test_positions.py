@@ -22,7 +22,7 @@ from minillm.models.positions import (
     build_positions,
     yarn_attention_scale,
 )
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 CONTEXT = 64
 SCALINGS = {

@@ -10,7 +10,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 
 from minillm.models import MiniLLMForCausalLM
 from minillm.models.moe import SparseMoE
-from tests.models.sparse_block import (
+from tests.support.sparse_block import (
     PLAIN,
     SIGMOID,
     D,

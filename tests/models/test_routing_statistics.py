@@ -10,7 +10,7 @@ import torch
 from minillm.models.balancing import summarise
 from minillm.models.moe import SparseMoE
 from minillm.models.routers import Choice
-from tests.toy_presets import toy_model
+from tests.support.toy_presets import toy_model
 
 # every router, with dense layers and a multi-token module among them -> the term each has by itself
 PRESETS = {

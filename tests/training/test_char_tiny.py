@@ -10,8 +10,8 @@ import pytest
 from data_tools.corpus import build_synthetic
 from data_tools.shards import build_shards
 from data_tools.tokenizer import build_tokenizer
-from tests.launching import losses, metrics
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import losses, metrics
 
 pytestmark = pytest.mark.usefixtures("group")
 

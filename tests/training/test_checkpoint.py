@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.interop.load import newest_checkpoint
+from minillm.run_folder import newest_checkpoint
 from minillm.training import checkpoint as checkpoints
 from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.utils.errors import UserError
 from minillm.utils.files import manifest_problems, sha256_file
-from tests.launching import checkpoint, same_bits
-from tests.training.in_process import FP32_ZERO2, built_trainer, train
+from tests.support.in_process import FP32_ZERO2, built_trainer, train
+from tests.support.launching import checkpoint, same_bits
 
 
 def test_streamed_safetensors_reads_back(tmp_path):

@@ -10,9 +10,9 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch._dynamo.utils import counters
 
 from minillm.models import MiniLLMForCausalLM
-from tests.launching import losses
-from tests.toy_presets import toy_model
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import losses
+from tests.support.toy_presets import toy_model
 
 
 @pytest.fixture(autouse=True)

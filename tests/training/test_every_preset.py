@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.config import OptimSection
 from minillm.data.loader import BatchLoader
+from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import open_sources
-from minillm.data.stream import build_stream
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
-from minillm.training.balance import update_router_biases
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import OptimSection
+from minillm.training.expert_load import update_router_biases
 from minillm.training.optim import build_parameter_groups
-from tests.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
-from tests.toy_presets import toy_fields
+from tests.support.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
+from tests.support.toy_presets import toy_fields
 
 STEPS, HALF, COMPARED, BATCH, RATE, CLIP, DECAY = 20, 10, 4, 8, 3e-3, 1.0, 0.1
 FP32 = {"zero_optimization": {"stage": 2}}
@@ -100,7 +100,7 @@ def plain_torch(name: str, settings: dict) -> list[float]:
 def start_two_ranks(cases: list[dict], path: Path) -> None:
     path.write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
+    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
 
 
 def train_all(names: list[str], tiny_settings: dict, root: Path) -> Path:

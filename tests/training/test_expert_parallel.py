@@ -17,9 +17,9 @@ import torch
 
 from minillm.interop import native_family, to_transformers
 from minillm.interop.convert import load_as_minillm
-from minillm.presets import PRESETS
-from tests.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
-from tests.toy_presets import toy_fields
+from minillm.settings.presets import PRESETS
+from tests.support.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
+from tests.support.toy_presets import toy_fields
 
 STEPS, HALF = 6, 3
 FP32 = {stage: {"zero_optimization": {"stage": stage}} for stage in (1, 2, 3)}
@@ -87,7 +87,7 @@ def case(name: str, settings: dict, root: Path, runs: Runs, **changes: object) -
 def start(ranks: int, cases: list[dict], path: Path) -> None:
     path.write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
+    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
 
 
 def half_of(root: Path, name: str, copy: str) -> str:

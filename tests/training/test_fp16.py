@@ -12,8 +12,8 @@ import torch
 
 from minillm.training import loop
 from minillm.utils.errors import UserError
-from tests.launching import ROOT, checkpoint, losses, same_bits
-from tests.training.in_process import load, train
+from tests.support.in_process import load, train
+from tests.support.launching import ROOT, checkpoint, losses, same_bits
 
 FP16 = json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text())
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 is for GPUs: DeepSpeed refuses it on a CPU")

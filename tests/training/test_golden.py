@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import losses
-from tests.training.in_process import train
-from tests.training.tiny_data import write_tiny_data
+from tests.support.in_process import train
+from tests.support.launching import losses
+from tests.support.tiny_data import write_tiny_data
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "demo_losses.json"
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minillm.planning.devices import datasheet_flops
 from minillm.training import metrics
-from minillm.training.devices import datasheet_flops
 from minillm.training.metrics import Meter, peak_flops, progress_line
 from minillm.training.state import TrainState
 from minillm.utils import distributed

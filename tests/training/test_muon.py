@@ -15,14 +15,14 @@ import sys
 import pytest
 import torch
 
-from minillm.config import OptimSection
+from minillm.settings.run import OptimSection
 from minillm.training.muon import is_matrix, orthogonalise, update_flops
 from minillm.training.muon_exchange import Matrix, share_out
 from minillm.training.optim import build_optimizer, moments_of
 from minillm.utils.errors import UserError
-from tests.launching import ROOT, checkpoint, losses, run, same_bits
-from tests.toy_presets import toy_fields, toy_model
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import ROOT, checkpoint, losses, run, same_bits
+from tests.support.toy_presets import toy_fields, toy_model
 from tests.training.test_same_losses import BF16, DECAY, FP32, RATE, adamw, plain_torch, zero
 from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
 
@@ -276,7 +276,7 @@ def train_all(names: set[str], settings: dict, root, ranks: int = 2) -> None:
     starts = [start for name, of_run in cases_of(settings, root).items() if name in names for start in of_run]
     (root / "cases.json").write_text(json.dumps(starts))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(root / "cases.json")])
+    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(root / "cases.json")])
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minillm.config import OptimSection
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import OptimSection
 from minillm.training.optim import build_parameter_groups, learning_rate_at
 
 STEPS = 100

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from minillm.data.loader import BatchLoader
-from minillm.data.stream import build_stream
+from minillm.data.sequence_stream import build_stream
 from minillm.training import loop
 from minillm.training.engine import NonFiniteError
 from minillm.training.recovery import SkippedBatches, spike_threshold
 from minillm.utils.errors import UserError
-from tests.launching import checkpoint, losses, metrics, same_bits
-from tests.training.in_process import built_trainer, load, train
+from tests.support.in_process import built_trainer, load, train
+from tests.support.launching import checkpoint, losses, metrics, same_bits
 
 pytestmark = pytest.mark.usefixtures("group")
 STEPS = 24

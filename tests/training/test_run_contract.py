@@ -15,13 +15,13 @@ import torch.distributed as dist
 import yaml
 
 from data_tools.shards import build_shards
+from minillm.run_folder import only_writer
 from minillm.training.engine import NonFiniteError
 from minillm.training.metrics import Meter
-from minillm.training.run_folder import only_writer
 from minillm.utils.errors import UserError
-from tests.launching import checkpoint, losses, metrics, same_bits
-from tests.training.in_process import built_trainer, train
-from tests.training.tiny_data import sentences
+from tests.support.in_process import built_trainer, train
+from tests.support.launching import checkpoint, losses, metrics, same_bits
+from tests.support.tiny_data import sentences
 
 pytestmark = pytest.mark.usefixtures("group")
 

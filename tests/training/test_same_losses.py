@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.config import OptimSection
 from minillm.data.loader import BatchLoader
+from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import open_sources
-from minillm.data.stream import build_stream
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.presets import PRESETS
-from tests.launching import ROOT, losses, run
-from tests.training.in_process import train
+from minillm.settings.presets import PRESETS
+from minillm.settings.run import OptimSection
+from tests.support.in_process import train
+from tests.support.launching import ROOT, losses, run
 
 STEPS, BATCH, RATE, CLIP, DECAY = 6, 8, 3e-3, 0.5, 0.1
 FP32 = {"bf16": {"enabled": False}}
@@ -112,7 +112,7 @@ def test_losses_equal_plain_torch(ranks, settings, tmp_path):
     else:
         (tmp_path / "cases.json").write_text(json.dumps(list(cases.values())))
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-        run([*launcher, "--standalone", str(ROOT / "tests" / "training" / "worker.py"), str(tmp_path / "cases.json")])
+        run([*launcher, "--standalone", str(ROOT / "tests" / "support" / "worker.py"), str(tmp_path / "cases.json")])
     expected = {kind: plain_torch(settings[kind]) for kind in ("text", "chat")}
     for label in cases:
         found = losses(tmp_path / label)

@@ -10,10 +10,10 @@ import yaml
 
 import minillm
 from minillm.data.tokenizer import save_tokenizer, train_bpe_tokenizer
-from minillm.interop.load import newest_checkpoint
+from minillm.run_folder import newest_checkpoint
 from minillm.utils.errors import UserError
-from tests.launching import checkpoint, metrics
-from tests.training.in_process import built_trainer, train
+from tests.support.in_process import built_trainer, train
+from tests.support.launching import checkpoint, metrics
 
 pytestmark = pytest.mark.usefixtures("group")
 

@@ -14,8 +14,8 @@ from minillm.training.engine import process_group
 from minillm.training.zero_state import loss_scale_state
 from minillm.utils import determinism, distributed
 from minillm.utils.errors import UserError
-from tests.launching import ROOT
-from tests.training.in_process import built_trainer, train
+from tests.support.in_process import built_trainer, train
+from tests.support.launching import ROOT
 
 FP16 = json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text())["fp16"]
 

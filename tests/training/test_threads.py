@@ -15,8 +15,8 @@ from minillm.training import loop, threads
 from minillm.training.threads import ThreadCount, product_seconds
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
-from tests.launching import checkpoint, losses, same_bits
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import checkpoint, losses, same_bits
 
 
 class Machine:

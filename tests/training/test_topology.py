@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from tests.launching import ROOT, losses, run
-from tests.training.in_process import train
+from tests.support.in_process import train
+from tests.support.launching import ROOT, losses, run
 from tests.training.test_same_losses import BF16, FP32, plain_torch, zero
 from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
 
@@ -30,7 +30,7 @@ def test_two_ranks_to_one_across_stages(settings, tmp_path):
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*launcher, str(ROOT / "tests" / "training" / "worker.py"), str(tmp_path / "cases.json")])
+    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(tmp_path / "cases.json")])
 
     expected = plain_torch(settings["text"], WHOLE)
     for name in saved:

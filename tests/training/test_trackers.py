@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
-from minillm.config import RunConfig
+from minillm.settings.run import RunConfig
 from minillm.training.trackers import Tracker, cut_back, wandb_mode
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 
 def test_cut_back_drops_later_steps_and_a_half_written_line(tmp_path):
@@ -69,7 +69,7 @@ def test_experts_go_to_a_file_of_their_own_and_to_wandb(tmp_path):
 OUTLIVING = """
 import glob, os, signal, sys, time
 from pathlib import Path
-from minillm.config import RunConfig
+from minillm.settings.run import RunConfig
 from minillm.training.trackers import Tracker
 
 def services():  # W&B's own process, a child of this one

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minillm.training.watch import HUNG, SILENT
-from tests.launching import ROOT, checkpoint, environment, losses, metrics
+from tests.support.launching import ROOT, checkpoint, environment, losses, metrics
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 ALLOWED = 10  # seconds without progress: on a busy machine building the model takes some of them
@@ -31,7 +31,7 @@ def start_ranks(settings: dict, folder: Path) -> list[subprocess.Popen]:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
         log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115 (the child keeps it)
-        command = [sys.executable, str(ROOT / "tests" / "training" / "worker.py"), str(folder / "cases.json")]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "worker.py"), str(folder / "cases.json")]
         ranks.append(subprocess.Popen(command, env={**environment(ranks=2), **own}, stdout=log, stderr=log, cwd=ROOT))
     return ranks
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 SCRIPT = "runpy.run_path({0!r}, run_name='__main__')"
 DATA = [f"data.{key}=here" for key in ("train", "validation", "tokenizer")]

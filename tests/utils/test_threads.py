@@ -11,7 +11,7 @@ import pytest
 
 from minillm.utils import threads
 from minillm.utils.threads import WAIT_VARIABLES, num_cores, set_wait_policy, threads_of_user
-from tests.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 SCRIPT = "runpy.run_path({!r}, run_name='__main__')"
 MODULE = "runpy.run_module({!r}, run_name='__main__')"

@@ -18,7 +18,7 @@ import torch
 
 import data_tools
 import minillm
-from tests.launching import ROOT, checkpoint, command, environment, losses, run, same_bits
+from tests.support.launching import ROOT, checkpoint, command, environment, losses, run, same_bits
 
 FEW, ALL = 6, 10  # steps of the run that is broken off, and of the whole
 ZERO2 = ROOT / "ds_configs" / "zero2.json"
@@ -107,7 +107,7 @@ def test_export(runs, tmp_path):
 def test_parity(case):
     """Ours against transformers' class with the same weights: logits, gradients, greedy generation with the cache."""
     from minillm.interop import from_transformers
-    from tests.interop.native_models import make_native
+    from tests.support.native_models import make_native
 
     theirs = make_native(case)
     ours = from_transformers(theirs).eval()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from tests.compat.test_versions import driver
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 
 def versions(*words: str) -> subprocess.CompletedProcess:
