@@ -149,7 +149,7 @@ def explained(paths: list[str], wanted: str, options: dict[str, object], text: T
     cleaner = Cleaner(options)
     of_file = Path(wanted).exists() or wanted.startswith("hf:")
     if not of_file and not paths:
-        raise UserError(f"--explain {wanted} is no file: name the PATH that holds the document with this id")
+        raise UserError(f"--explain {wanted} is not a file: name the PATH that holds the document with this id")
     found = 0
     for record in iterate_records([wanted] if of_file else paths, text):
         identity = record.id if isinstance(record, Rejected) else record["id"]

@@ -33,7 +33,7 @@ def crawl(options: argparse.Namespace) -> dict[str, object]:
     """Run the crawl of a command line; its summary.
 
     Raises:
-        UserError: an address or domain that is none, OUT in use or of another crawl.
+        UserError: something that is not an address or a domain, OUT in use or of another crawl.
     """
     from data_tools.crawling.crawler import Crawler, Limits
     from data_tools.extras import require
@@ -100,7 +100,7 @@ def start_url(url: str) -> str:
     known = canonical(url if "://" in url else f"https://{url}")
     host = urlsplit(known or "").hostname or ""
     if known is None or host != "localhost" and not set(".:") & set(host):
-        raise UserError(f"{url} is no http(s) address: write it like https://example.org/")
+        raise UserError(f"{url} is not an http(s) address: write it like https://example.org/")
     return known
 
 

@@ -159,7 +159,7 @@ def convert_dataset(
 def downloaded_paths(folder: Path) -> list[str]:
     """The files of a downloaded folder, by its record, else all of them."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name the one that `download get` wrote")
+        raise UserError(f"{folder} is not a folder: name the one that `download get` wrote")
     record = folder / RECORD
     if record.is_file():
         return without_parts_of(read_json(record)["files"])  # type: ignore[index]

@@ -296,7 +296,7 @@ def _read_json(span: Span, progress: Progress) -> Iterator[Raw | Rejected]:
                 empty = False
                 yield from _raw(f"{span.path}, entry {number}", f"{span.name}:{number}", fields)
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise UserError(f"{span.path} is no whole JSON ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{span.path} is not a complete JSON file ({str(error).splitlines()[0]})") from None
     if empty and not is_json_list(Path(span.path)):
         raise UserError(f"{span.path} is no JSON list of objects: one object a line is a .jsonl")
 

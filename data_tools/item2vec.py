@@ -96,7 +96,7 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="first lines of FILE that are no sequences (2 for the Yes.com playlists)",
+        help="first lines of FILE that are not sequences (2 for the Yes.com playlists)",
     )
     parser.add_argument("--comment", default="#", metavar="SIGN", help="lines that begin so are left out; '' none (#)")
 
@@ -117,7 +117,7 @@ def _train(options: argparse.Namespace) -> None:
 
     for path in (options.file, options.names):
         if path is not None and not path.is_file():
-            raise UserError(f"{path} does not exist or is no file")
+            raise UserError(f"{path} does not exist or is not a file")
     settings = Settings(
         dimensions=options.dimensions, window=options.window, min_count=options.min_count, epochs=options.epochs,
         negative=options.negative, ns_exponent=options.ns_exponent, seed=options.seed, workers=options.workers,
@@ -142,7 +142,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from minillm.utils.files import write_json
 
     if options.file is not None and not options.file.is_file():
-        raise UserError(f"{options.file} does not exist or is no file")
+        raise UserError(f"{options.file} does not exist or is not a file")
     held = Sequences(options.file, options.skip_lines, options.comment) if options.file else None
     found = evaluate(Items(options.model), held, at=tuple(sorted(set(options.at))), context=options.context)
     columns = list(found["popularity"])

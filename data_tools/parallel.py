@@ -167,7 +167,7 @@ def _in_process(function: UnitFunction, unit: Unit, arguments: dict, work: str, 
 
 
 class _Bar:
-    """Bytes read of all, their rate and the time left; nothing where stderr is no terminal."""
+    """Bytes read of all, their rate and the time left; nothing where stderr is not a terminal."""
 
     def __init__(self, label: str, total: int, done: int):
         self._label, self._total, self._done = label, total, done

@@ -169,7 +169,7 @@ def read_unit(
         progress: called with the bytes read since its last call.
 
     Raises:
-        UserError: a file that breaks off or is no file of its kind.
+        UserError: a file that breaks off or is not of its kind.
     """
     for span in unit.spans:
         read = _read_hub if span.suffix == HUB else format_of(span.suffix).read

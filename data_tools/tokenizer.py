@@ -177,7 +177,7 @@ def _texts_of_file(file: Path) -> Iterator[str]:
 
 
 def split_text(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """The first tokens of a text with bars between them; bytes that are no whole character alone show as <E4><BD>."""
+    """The first tokens of a text with bars between them; bytes that are part of a character show as <E4><BD>."""
     ids = encode_texts(tokenizer, [text])[0]
     shown = []
     for index in ids[:SAMPLE_TOKENS]:

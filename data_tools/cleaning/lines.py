@@ -155,7 +155,7 @@ class LineRules:
         return None
 
     def _has_words(self, line: str) -> bool:
-        """Enough of them, judged by single spaces without splitting; False is no answer."""
+        """Enough of them, judged by single spaces without splitting; False leaves it open."""
         return line.count(" ") >= self._min_words and "  " not in line
 
     def _too_short(self, line: str) -> bool:

@@ -57,7 +57,7 @@ class Frontier:
             self._db.execute("pragma synchronous=normal")
             self._db.executescript(_SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is no state of a crawl ({error}): remove it or choose another --out") from None
+            raise UserError(f"{path} is not a crawl's state ({error}): remove it or choose another --out") from None
 
     def close(self) -> None:
         self._db.close()

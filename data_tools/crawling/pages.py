@@ -189,7 +189,7 @@ def _declared_language(tree) -> str | None:
 
 
 def sitemap_urls(body: bytes, url: str, max_bytes: int) -> tuple[list[str], list[str]]:
-    """(pages, further sitemaps) that a sitemap names; nothing for what is none."""
+    """(pages, further sitemaps) that a sitemap names; nothing where it is not a sitemap."""
     import zlib
 
     from data_tools.extras import require

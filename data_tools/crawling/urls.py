@@ -30,7 +30,7 @@ _NO_PAGES = frozenset(
 
 
 def canonical(url: str, base: str | None = None, encoding: str = "utf-8") -> str | None:
-    """The one spelling of an address, None for what is no http(s) address.
+    """The one spelling of an address, None for what is not an http(s) address.
 
     Args:
         base: the address of the page that holds a relative one.
@@ -114,7 +114,7 @@ def build_scope(starts: list[str], domains: list[str], same_domain: bool) -> Sco
         same_domain: everything below the registered domains of the starts (news.example.org: example.org).
 
     Raises:
-        UserError: a domain that is none.
+        UserError: something that is not a domain.
     """
     named = []
     for domain in domains:
@@ -122,7 +122,7 @@ def build_scope(starts: list[str], domains: list[str], same_domain: bool) -> Sco
         if domain != "*":
             known = canonical(f"http://{domain}/")
             if known is None or urlsplit(known).path != "/" or "/" in domain:
-                raise UserError(f"--domains {domain} is no domain: write it like example.org or example.org:8080")
+                raise UserError(f"--domains {domain} is not a domain: write it like example.org or example.org:8080")
             domain = urlsplit(known).netloc
         named.append(domain)
     if same_domain:

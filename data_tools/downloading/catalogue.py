@@ -199,7 +199,7 @@ class _Reader:
             if not all(isinstance(item, str) for item in (*items, *values)):
                 self.problem(f".{key}", "has to hold strings only (write no: as 'no')")
         if good.get("homepage") and urlsplit(good["homepage"]).scheme not in ("http", "https"):
-            self.problem(".homepage", f"{good['homepage']} is no http(s) address")
+            self.problem(".homepage", f"{good['homepage']} is not an http(s) address")
         if "converter" in good:
             for where, what in converter_problems(good["converter"]):
                 self.problem(f".converter{where}", what)
@@ -247,7 +247,7 @@ class _Reader:
             self.problem(f"{where}.sha256", "has to be 64 hexadecimal digits in small letters")
         if main == "url" and "url" in good:
             if urlsplit(good["url"]).scheme not in ("http", "https"):
-                self.problem(f"{where}.url", f"{good['url']} is no http(s) address")
+                self.problem(f"{where}.url", f"{good['url']} is not an http(s) address")
             good.setdefault("path", name_of_url(good["url"]))
         path = PurePosixPath(good.get("path", "x"))
         if not path.parts or path.is_absolute() or ".." in path.parts:

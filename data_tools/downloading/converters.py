@@ -141,7 +141,7 @@ def _of_turns(record: Record, rules: Mapping[str, object], dropped: Counter[str]
         except ValueError:
             raise _Unfit("no_turns", f"{column!r} is a string that is no JSON") from None
     if not isinstance(value, list) or not value:
-        raise _Unfit("no_turns", f"{column!r} is no list of turns (fields {', '.join(record)})")
+        raise _Unfit("no_turns", f"{column!r} is not a list of turns (fields {', '.join(record)})")
     roles = {**ROLES, **rules.get("roles", {})}  # type: ignore[dict-item]
     turns = []
     for turn in value:

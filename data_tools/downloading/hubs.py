@@ -37,7 +37,7 @@ def endpoint_of(source: Source, given: str | None) -> str:
     if given and "://" not in given:
         given = f"https://{given}"
     if given and (urlsplit(given).scheme not in ("http", "https") or not urlsplit(given).netloc):
-        raise UserError(f"the endpoint {given} is no address: write it like {HUGGINGFACE}")
+        raise UserError(f"the endpoint {given} is not an address: write it like {HUGGINGFACE}")
     return given.rstrip("/")
 
 

@@ -64,7 +64,7 @@ def evaluate(items: Items, held: Sequences | None, *, at: tuple[int, ...] = (1, 
 
 
 def _questions(held: Sequences, number: dict[str, int], context: int) -> Iterator[tuple[list[int], int]]:
-    """(known items, the item to predict); an item that stood in the sequence before is no question."""
+    """(known items, the item to predict); an item that stood in the sequence before is not asked for."""
     for _, items in held.lines():
         known = [number[item] for item in items[:-1] if item in number]
         if known and items[-1] in number and number[items[-1]] not in known:

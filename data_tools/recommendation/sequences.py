@@ -26,7 +26,7 @@ class Sequences:
     """The sequences of a file.
 
     Attributes:
-        skip_lines: first lines that are no sequences (the Yes.com playlists of Chen et al. 2012 have two).
+        skip_lines: first lines that are not sequences (the Yes.com playlists of Chen et al. 2012 have two).
         comment: lines that begin with this are left out; "" for none.
         holdout: share of the sequences of three items or more whose last item is held out, to be predicted.
         seed: chooses them.

@@ -203,7 +203,7 @@ class Items:
         if not found:
             alike = difflib.get_close_matches(folded, set(names), n=3, cutoff=0.6)
             if not alike:
-                raise UserError(f"{wanted!r} is no id or name in {self.folder / 'items.jsonl'}, and none is like it")
+                raise UserError(f"{wanted!r} is not an id or name in {self.folder / 'items.jsonl'}, nor like one")
             found = [number for number, name in enumerate(names) if name == alike[0]]
         best = found[0]  # the items stand by frequency
         others = f" (also: {', '.join(self.title(n) for n in found[1:4])})" if len(found) > 1 else ""

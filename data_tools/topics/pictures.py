@@ -34,7 +34,7 @@ class Pictures:
         font: a font file to use.
 
     Raises:
-        UserError: `font` is no font file.
+        UserError: `font` is not a font file.
     """
 
     def __init__(self, folder: Path, texts: Iterable[str], font: Path | None = None) -> None:

@@ -221,7 +221,7 @@ def test_explain_names_the_rule_that_removes(tmp_path):
     assert sum("=> " in line for line in explained([], str(source), {}, TextField())) == 3  # the first of a file
     with pytest.raises(UserError, match="--explain nobody: no file and no id"):
         list(explained([str(source)], "nobody", {}, TextField()))
-    with pytest.raises(UserError, match="--explain nobody is no file"):
+    with pytest.raises(UserError, match="--explain nobody is not a file"):
         list(explained([], "nobody", {}, TextField()))
 
 

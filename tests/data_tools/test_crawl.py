@@ -479,9 +479,9 @@ def test_a_page_that_breaks_a_parser_is_counted(server, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["ftp://h/"], "ftp://h/ is no http(s) address: write it like https://example.org/"),
-        (["nonsense"], "is no http(s) address"),
-        (["http://localhost:1/", "--domains", "a/b"], "--domains a/b is no domain"),
+        (["ftp://h/"], "ftp://h/ is not an http(s) address: write it like https://example.org/"),
+        (["nonsense"], "is not an http(s) address"),
+        (["http://localhost:1/", "--domains", "a/b"], "--domains a/b is not a domain"),
         (["http://localhost:1/", "--delay", "-1"], "cannot be negative"),
         (["http://localhost:1/", "--user-agent", " "], "--user-agent has to be a name"),
         (["http://localhost:1/", "--user-agent", "爬虫"], "--user-agent has to be a name"),

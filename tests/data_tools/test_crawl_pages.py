@@ -95,5 +95,5 @@ def test_traps_and_scopes():
     assert all(map(scope.allows, allowed)) and not any(map(scope.allows, refused))
     scope = build_scope(["http://news.example.co.uk/"], [], True)
     assert scope.allows("https://example.co.uk/") and not scope.allows("https://other.co.uk/")
-    with pytest.raises(UserError, match="is no domain"):
+    with pytest.raises(UserError, match="is not a domain"):
         build_scope([], ["http://x/y"], False)

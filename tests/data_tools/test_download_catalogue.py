@@ -98,7 +98,7 @@ datasets:
         ("title: A", "title: A\n    bytes: -1", "a.bytes: has to be a number of bytes, it is -1"),
         ("{http: [http://h/a.jsonl]}", "{ftp: x}", "a.sources[0]: needs one of huggingface: OWNER/NAME"),
         ("[http://h/a.jsonl]", "[http://h/a, http://g/a]", "http: two addresses would both become a: give one a path"),
-        ("http://h/a.jsonl", "ftp://h/a.jsonl", "a.sources[0].http[0].url: ftp://h/a.jsonl is no http(s) address"),
+        ("http://h/a.jsonl", "ftp://h/a.jsonl", "a.sources[0].http[0].url: ftp://h/a.jsonl is not an http(s) address"),
         ("http://h/a.jsonl", "{url: http://h/a, path: ../a}", "a.sources[0].http[0].path: '../a' does not name a file"),
         ("http://h/a.jsonl", "{url: http://h/a, sha256: abc}", "sha256: has to be 64 hexadecimal digits"),
         (

@@ -117,7 +117,7 @@ def test_similar_says_names_and_takes_several(trained, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[minillm]")]
     assert len(lines) == 3 and all("歌手 0" in line for line in lines)
     assert run_main("similar", trained[2], "zzzzqqqq") == 2
-    assert "is no id or name in" in capsys.readouterr().err
+    assert "is not an id or name in" in capsys.readouterr().err
 
 
 def test_cooccurrence_counts_neighbours_within_five_places():

@@ -182,7 +182,7 @@ def test_a_file_is_what_its_name_says(tmp_path, content, suffix, said):
 def test_a_file_that_breaks_off_is_an_error(tmp_path, suffix, share):
     path = write(tmp_path, suffix)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=r"damaged|no whole JSON"):
+    with pytest.raises(UserError, match=r"damaged|not a complete JSON"):
         list(iterate_records(path))
 
 
