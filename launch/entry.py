@@ -28,7 +28,7 @@ from minillm.planning.micro_batch import fill_gpu  # noqa: E402
 from minillm.planning.states import Zero, parameter_groups, states  # noqa: E402
 from minillm.settings.accounting import flops_per_token, num_parameters  # noqa: E402
 from minillm.settings.deepspeed_json import precision, zero_stage  # noqa: E402
-from minillm.settings.resolve import check_places, model_fields, resolve_run  # noqa: E402
+from minillm.settings.resolve import architecture_of, check_places, resolve_run  # noqa: E402
 from minillm.settings.run import RunConfig  # noqa: E402
 from minillm.utils import commands  # noqa: E402
 from minillm.utils.before_torch import prepare_environment  # noqa: E402
@@ -147,25 +147,25 @@ def describe_batch(run: RunConfig, deepspeed_config: dict, world_size: int) -> s
 
 def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> dict[str, str]:
     """The rows about the model: the preset's, or those of the weights the run starts with, where they are there."""
-    fields, name = model_fields(run)
-    if fields is None:
+    arch, name = architecture_of(run)
+    if arch is None:
         return {"model": name}
-    counts = num_parameters(fields)
+    counts = num_parameters(arch)
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
     size = run.model.expert_parallel_size
-    groups = parameter_groups(fields, run.model.moe_backend, size, world_size, run.optim.name)
+    groups = parameter_groups(arch, run.model.moe_backend, size, world_size, run.optim.name)
     kept = states(groups, Zero.of(deepspeed_config))
     memory = {"weights": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
     parts = ", ".join(f"{part} {held / 2**20:,.1f} MiB" for part, held in memory.items())
     parts += f"; {kept.host / 2**20:,.1f} MiB on the host" if kept.host else ""
     experts = {}
     if counts["routed"]:
-        own = fields["num_experts"] // size
-        experts = {"experts": f"{run.model.moe_backend}: {own} of {fields['num_experts']} a layer on each rank"}
+        own = arch.num_experts // size
+        experts = {"experts": f"{run.model.moe_backend}: {own} of {arch.num_experts} a layer on each rank"}
     return {
         "model": name,
         **experts,
         "parameters": f"{counts['total']:,}{active} ({counts['non_embedding']:,} without embeddings)",
-        "FLOPs a token": f"{flops_per_token(fields, run.data.seq_len):,} (forward and backward, attention included)",
+        "FLOPs a token": f"{flops_per_token(arch, run.data.seq_len):,} (forward and backward, attention included)",
         "memory a GPU": f"{sum(memory.values()) / 2**20:,.1f} MiB before activations ({parts})",
     }

@@ -17,7 +17,7 @@ import sys
 import entry
 
 from minillm.settings.accounting import num_parameters
-from minillm.settings.resolve import model_fields
+from minillm.settings.resolve import architecture_of
 from minillm.settings.run import RunConfig
 from minillm.utils import commands
 from minillm.utils.errors import exit_on_user_error
@@ -82,8 +82,8 @@ def main() -> int:
 
 def count_parameters(run: RunConfig) -> int | None:
     """Of the planned model; None where only loading it would tell."""
-    fields, _ = model_fields(run)
-    return None if fields is None else num_parameters(fields)["total"]
+    arch, _ = architecture_of(run)
+    return None if arch is None else num_parameters(arch)["total"]
 
 
 def prepare_and_try(report, **arguments) -> dict[str, object]:

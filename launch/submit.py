@@ -24,7 +24,7 @@ import entry  # noqa: F401 (first: it finds minillm without `pip install`)
 
 from minillm.planning.devices import DEVICES
 from minillm.planning.step import MFU, Setup, speed
-from minillm.settings.resolve import model_fields, resolve_run
+from minillm.settings.resolve import architecture_of, resolve_run
 from minillm.settings.run import RunConfig
 from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error
@@ -153,13 +153,13 @@ def planned_seconds(run: RunConfig, values: dict, arguments: argparse.Namespace)
     """
     per_step = run.train.train_batch_size * run.data.seq_len
     steps = arguments.tokens / per_step if arguments.tokens else run.train.max_steps
-    fields, name = model_fields(run)
-    if steps is None or fields is None:
+    arch, name = architecture_of(run)
+    if steps is None or arch is None:
         epochs = f"train.num_epochs = {run.train.num_epochs} of data that nobody has counted"
-        why = f"the model is {name}" if fields is None else epochs
-        fix = "--hours H" if fields is None else "--tokens N (of the whole run) or --hours H"
+        why = f"the model is {name}" if arch is None else epochs
+        fix = "--hours H" if arch is None else "--tokens N (of the whole run) or --hours H"
         raise UserError(f"the time limit cannot be planned: {why}; give {fix}")
-    setup = replace(Setup.of(run, fields, values, arguments.nodes * arguments.gpus), gpus_per_node=arguments.gpus)
+    setup = replace(Setup.of(run, arch, values, arguments.nodes * arguments.gpus), gpus_per_node=arguments.gpus)
     device = DEVICES[arguments.device]
     seconds = speed(setup, device, arguments.mfu).seconds
     return steps * seconds, f"{steps:,.0f} steps x {seconds:.3g} s on {setup.world_size} x {device.name} (planned)"

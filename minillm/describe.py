@@ -8,23 +8,19 @@ minillm.settings.accounting's, which tests hold against built models. `--draw` m
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
 from minillm.settings.accounting import cache_bytes, describe_layers, flops_per_token, num_parameters
-from minillm.settings.architecture import problems_of
+from minillm.settings.architecture import DEFAULTS, Architecture, problems_of
+from minillm.settings.derived import coerce
 from minillm.settings.moe_backends import describe_legal
-from minillm.settings.presets import PRESETS
-from minillm.settings.run import convert_field
+from minillm.settings.presets import PRESETS, preset
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.logging import say
-
-Fields = Mapping[str, object]
 
 MIXER_NAMES = {"full_attention": "full attention", "sliding_attention": "sliding window",
                "linear_attention": "gated DeltaNet"}  # fmt: skip
@@ -48,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(words: list[str]) -> dict[str, Fields]:
+def resolve(words: list[str]) -> dict[str, Architecture]:
     """Presets by name, with the overrides in them.
 
     Raises:
@@ -56,53 +52,52 @@ def resolve(words: list[str]) -> dict[str, Fields]:
     """
     import yaml
 
-    overrides = dict(word.removeprefix("model.").split("=", 1) for word in words if "=" in word)
+    given = {}
+    for field, text in (word.removeprefix("model.").split("=", 1) for word in words if "=" in word):
+        if field not in DEFAULTS:
+            near = nearest(field, list(DEFAULTS)) or "; minillm/settings/architecture.py lists them"
+            raise UserError(f"{field}={text}: it is not an architecture field{near}")
+        try:
+            given[field] = coerce(field, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise UserError(f"{field} = {text}: {error}") from error
     names = [word for word in words if "=" not in word] or list(PRESETS)
     described = {}
     for name in names:
         if name not in PRESETS:
             raise UserError(f"{name}: unknown preset{nearest(name, list(PRESETS))}")
-        fields = dict(PRESETS[name])
-        for field, text in overrides.items():
-            if field not in fields:
-                known = difflib.get_close_matches(field, fields, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(known)}?" if known else "minillm/settings/architecture.py lists them"
-                raise UserError(f"{field}={text}: no architecture field; {hint}")
-            try:
-                fields[field] = convert_field(field, yaml.safe_load(text), fields[field])
-            except (ValueError, yaml.YAMLError) as error:
-                raise UserError(f"{field} = {text}: {error}") from error
-        if problems := problems_of(fields):
+        arch = preset(name, **given)
+        if problems := problems_of(arch):
             raise UserError(f"{name}: {'; '.join(problems)}")
-        described[name] = fields
+        described[name] = arch
     return described
 
 
-def mixer_name(fields: Fields, layer_type: str) -> str:
+def mixer_name(arch: Architecture, layer_type: str) -> str:
     """How the mixer of a layer is called in tables and pictures."""
-    if layer_type == "full_attention" and fields["attention_type"] == "mla":
+    if layer_type == "full_attention" and arch.attention_type == "mla":
         return "latent attention"
     return MIXER_NAMES[layer_type]
 
 
-def layer_table(name: str, fields: Fields, seq_len: int) -> list[str]:
+def layer_table(name: str, arch: Architecture, seq_len: int) -> list[str]:
     """The lines for one preset; equal layers in a row share one."""
-    counts = num_parameters(fields)
+    counts = num_parameters(arch)
     lines = [
         f"{name}: {counts['total']:,} parameters, {counts['active']:,} active, {counts['non_embedding']:,} without "
         f"embeddings",
-        f"  {flops_per_token(fields, seq_len):,} FLOPs a trained token at {seq_len}; cache of {seq_len} tokens in bf16 "
-        f"{cache_bytes(fields, seq_len):,} bytes",
+        f"  {flops_per_token(arch, seq_len):,} FLOPs a trained token at {seq_len}; cache of {seq_len} tokens in bf16 "
+        f"{cache_bytes(arch, seq_len):,} bytes",
         f"  {'layers':8} {'parameters':>13} {'active':>13}  parts",
     ]
-    table = fields["vocab_size"] * fields["hidden_size"]
-    lines.append(f"  {'embed':8} {table:13,} {table:13,}  {fields['vocab_size']:,} x {fields['hidden_size']}")
-    layers = describe_layers(fields)
+    table = arch.vocab_size * arch.hidden_size
+    lines.append(f"  {'embed':8} {table:13,} {table:13,}  {arch.vocab_size:,} x {arch.hidden_size}")
+    layers = describe_layers(arch)
     start, first_of = 0, {}
     for layer, same in groupby(layers):
         number = len(list(same))
         label = f"{start}" if number == 1 else f"{start}-{start + number - 1}"
-        kind = f"{mixer_name(fields, layer['mixer'])} + {layer['mlp']}"
+        kind = f"{mixer_name(arch, layer['mixer'])} + {layer['mlp']}"
         each = " each" if number > 1 else ""
         seen = first_of.setdefault(kind, start)
         like = f", as layer {seen}" if seen != start else ""
@@ -113,13 +108,13 @@ def layer_table(name: str, fields: Fields, seq_len: int) -> list[str]:
     rest = counts["total"] - table - sum(layer["total"] for layer in layers) - counts["multi_token"]
     if counts["multi_token"]:
         lines.append(f"  {'ahead':8} {counts['multi_token']:13,} {0:13,}  multi-token prediction, in training only")
-    what = "last norm" + ("" if fields["tie_word_embeddings"] else ", output matrix")
-    what += ", learned positions" if fields["position_embedding_type"] == "learned" else ""
+    what = "last norm" + ("" if arch.tie_word_embeddings else ", output matrix")
+    what += ", learned positions" if arch.position_embedding_type == "learned" else ""
     lines.append(f"  {'other':8} {rest:13,} {rest:13,}  {what}")
     return lines
 
 
-def draw(described: dict[str, Fields], path: Path) -> None:
+def draw(described: dict[str, Architecture], path: Path) -> None:
     """One stack of layers a preset: mixer left, feed-forward right, the first layer at the bottom.
 
     Widths are shares of the layer's active parameters; an experts' box shows in outline what a token leaves unused.
@@ -136,9 +131,9 @@ def draw(described: dict[str, Fields], path: Path) -> None:
     for axis in axes.flat[len(described) :]:
         axis.axis("off")
     largest = {name: max(layer["total"] for layer in describe_layers(f)) for name, f in described.items()}
-    for axis, (name, fields) in zip(axes.flat, described.items(), strict=False):
-        _draw_stack(axis, fields, largest[name])
-        counts = num_parameters(fields)
+    for axis, (name, arch) in zip(axes.flat, described.items(), strict=False):
+        _draw_stack(axis, arch, largest[name])
+        counts = num_parameters(arch)
         active = f", {counts['active'] / 1e6:,.0f}M active" if counts["active"] < 0.95 * counts["total"] else ""
         axis.set_title(f"{name}\n{_millions(counts['total'])}{active}", fontsize=10)
     used = {mixer_name(f, layer["mixer"]) for f in described.values() for layer in describe_layers(f)}
@@ -154,17 +149,17 @@ def draw(described: dict[str, Fields], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_stack(axis, fields: Fields, largest: int) -> None:
-    for number, layer in enumerate(describe_layers(fields)):
+def _draw_stack(axis, arch: Architecture, largest: int) -> None:
+    for number, layer in enumerate(describe_layers(arch)):
         block = {"mlp", "gate", "experts", "shared_expert", "shared_expert_gate", "coefficient", "norms"}
         mixer = sum(size for part, size in layer["parts"].items() if part not in block) / largest
         whole, active = layer["total"] / largest, layer["active"] / largest
         colour = MLP_COLOURS[layer["mlp"]]
-        axis.barh(number, mixer, color=MIXER_COLOURS[mixer_name(fields, layer["mixer"])], height=0.8)
+        axis.barh(number, mixer, color=MIXER_COLOURS[mixer_name(arch, layer["mixer"])], height=0.8)
         axis.barh(number, active - mixer, left=mixer, color=colour, height=0.8)
         if whole > active:
             axis.barh(number, whole - active, left=active, facecolor="none", edgecolor=colour, height=0.8)
-    axis.set_yticks([0, fields["num_hidden_layers"] - 1], ["0", str(fields["num_hidden_layers"] - 1)], fontsize=8)
+    axis.set_yticks([0, arch.num_hidden_layers - 1], ["0", str(arch.num_hidden_layers - 1)], fontsize=8)
     axis.set_xticks([])
     axis.set_xlim(0, 1.02)
     for side in ("top", "right", "bottom"):
@@ -187,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.backends is not None:
             print("\n".join(describe_legal(described, args.backends)))
             return 0
-        tables = ["\n".join(layer_table(name, fields, args.seq_len)) for name, fields in described.items()]
+        tables = ["\n".join(layer_table(name, arch, args.seq_len)) for name, arch in described.items()]
         try:
             print("\n\n".join(tables), flush=True)
         except BrokenPipeError:  # the reader of our output left (`| head`)

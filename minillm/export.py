@@ -91,7 +91,7 @@ def _as_format(model: PreTrainedModel, format: str) -> tuple[PreTrainedModel, bo
     family = native_family(model.config)
     if family is None:
         return model, True
-    if lost := FAMILIES[family].left_out(model.config.fields()):
+    if lost := FAMILIES[family].left_out(model.config.architecture):
         say(f"left out, because {FAMILIES[family].config_name} has no such setting of training: {', '.join(lost)}")
     return to_transformers(model), False
 

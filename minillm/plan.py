@@ -35,11 +35,12 @@ from minillm.planning.growth import (
     seconds,
 )
 from minillm.planning.published import check_published, published_table
-from minillm.planning.step import MFU, Fields, assumptions, cost, days, memory
+from minillm.planning.step import MFU, assumptions, cost, days, memory
 from minillm.settings.accounting import num_parameters
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import precision, zero_stage
 from minillm.settings.presets import PRESETS
-from minillm.settings.resolve import model_fields
+from minillm.settings.resolve import architecture_of
 from minillm.settings.run import AUTO_MICRO_BATCH, RunConfig, load_run_config, raise_problems, resolve_accumulation
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
@@ -219,8 +220,8 @@ def details(row: Row) -> list[str]:
     )
 
 
-def describe(name: str, run: RunConfig, fields: Fields, order: Order) -> list[str]:
-    counts = num_parameters(fields)
+def describe(name: str, run: RunConfig, arch: Architecture, order: Order) -> list[str]:
+    counts = num_parameters(arch)
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
     checkpointing = "with" if run.train.gradient_checkpointing else "without"
     batch = f"{run.train.train_batch_size} x {run.data.seq_len} tokens"
@@ -232,13 +233,13 @@ def describe(name: str, run: RunConfig, fields: Fields, order: Order) -> list[st
     ]
 
 
-def named_fields(run: RunConfig, config: str) -> tuple[str, Fields]:
+def named_fields(run: RunConfig, config: str) -> tuple[str, Architecture]:
     """The architecture, and the name of its preset; the config's where that changes the preset."""
-    fields, name = model_fields(run)
-    if fields is None:  # the weights are not there yet: the shape the config names
-        fields, name = model_fields(run.model_copy(update={"model": run.model.model_copy(update={"init_from": None})}))
-    changed = name in PRESETS and fields != PRESETS[name]
-    return (Path(config).stem if changed else name), fields
+    arch, name = architecture_of(run)
+    if arch is None:  # the weights are not there yet: the shape the config names
+        arch, name = architecture_of(run.model_copy(update={"model": run.model.model_copy(update={"init_from": None})}))
+    changed = name in PRESETS and arch != PRESETS[name]
+    return (Path(config).stem if changed else name), arch
 
 
 def planned_tokens(run: RunConfig, order: Order) -> float | None:
@@ -297,21 +298,21 @@ def plan(args: argparse.Namespace) -> str:
         except UserError as error:
             problems.append(str(error))
     raise_problems(problems, args.config)
-    name, fields = named_fields(run, args.config)
+    name, arch = named_fields(run, args.config)
     if result is not None:
-        step = measured_step(result, run, fields)
+        step = measured_step(result, run, arch)
         order = replace(
             order,
             memory_ratio=step.memory_ratio,
             mfu=order.mfu if args.mfu else step.of_products(order.device),
-            measured=measured_sentence(result, step, order.device, run, fields),
+            measured=measured_sentence(result, step, order.device, run, arch),
         )
     paths = [Path(args.deepspeed)] if args.deepspeed else sorted(deepspeed_dir().glob("*.json"))
     if len(order.sizes) > 1:
-        return plan_growth(args, run, fields, name, paths, order)
+        return plan_growth(args, run, arch, name, paths, order)
     rows, refused = [], []
     for path in paths:
-        found, not_found = plan_json(path, run, fields, order)
+        found, not_found = plan_json(path, run, arch, order)
         rows, refused = rows + found, refused + not_found
     if not rows:
         raise UserError("\n".join(refusals(refused)))
@@ -336,7 +337,7 @@ def plan(args: argparse.Namespace) -> str:
             "why": why, "rows": [as_json(row, order, tokens) for row in rows],
             "refused": [{"ds_config": n, "experts": e, "reason": r} for n, e, r in refused], "assumptions": rests_on,
         }, indent=1)  # fmt: skip
-    lines = [*describe(name, run, fields, order), "", "GiB of one GPU at the peak (activ.: without checkpointing):"]
+    lines = [*describe(name, run, arch, order), "", "GiB of one GPU at the peak (activ.: without checkpointing):"]
     lines += [*memory_table(rows), ""]
     budget = f", and {tokens:,.0f} tokens" if tokens else ""
     lines += [f"One optimizer step{budget}:", *speed_table(rows, order, tokens), ""]
@@ -353,14 +354,14 @@ def plan(args: argparse.Namespace) -> str:
 
 
 def plan_growth(
-    args: argparse.Namespace, run: RunConfig, fields: Fields, name: str, paths: list[Path], order: Order
+    args: argparse.Namespace, run: RunConfig, arch: Architecture, name: str, paths: list[Path], order: Order
 ) -> str:
     """The plan of several sizes.
 
     Raises:
         UserError: none of them can run.
     """
-    points = growth(run, fields, paths, order, list(order.sizes), args.weak, order.disk)
+    points = growth(run, arch, paths, order, list(order.sizes), args.weak, order.disk)
     if not any(point.row for point in points):
         raise UserError("\n".join(refused_sizes(points, _wrapped)))
     rests_on = [
@@ -375,7 +376,7 @@ def plan_growth(
             "assumptions": rests_on,
         }, indent=1)  # fmt: skip
     kept = "a GPU's share of the batch is kept" if args.weak else "the batch is kept"
-    head = describe(name, run, fields, order)
+    head = describe(name, run, arch, order)
     lines = [*head, f"Growth, {'weak' if args.weak else 'strong'}: {kept}; one optimizer step:"]
     lines += [*growth_table(points, _wrapped, planned_tokens(run, order), order.price), ""]
     lines += _wrapped("of 1 GPU: over as many single GPUs that send nothing, whether the model fits there or not; "

@@ -223,7 +223,7 @@ def write_settings(run_dir: Path, run_yaml: str, deepspeed_config: dict, model_f
     write_json(run_dir / "env.json", describe_environment(world_size))
 
 
-def describe_environment(world_size: int) -> dict[str, object]:
+def describe_environment(world_size: int = 1) -> dict[str, object]:
     """Versions, commit, machine and command of this start."""
     versions = {}
     for name in PACKAGES:

@@ -50,7 +50,7 @@ def test_the_command_answers_without_torch_and_draws(tmp_path):
     "words, message",
     [
         (["demmo"], "did you mean `demo`"),
-        (["demo", "head_dmi=3"], "did you mean head_dim"),
+        (["demo", "head_dmi=3"], "did you mean `head_dim"),
         (["demo", "num_key_value_heads=3"], "must divide num_attention_heads"),
         (["demo", "--seq-len", "0"], "--seq-len 0"),
     ],

@@ -34,16 +34,16 @@ from minillm.planning.states import (
 )
 from minillm.planning.step import Setup, exchanged, largest_micro_batch, memory, speed
 from minillm.settings.accounting import flops_per_token, num_parameters, parameter_shapes
-from minillm.settings.architecture import DEFAULTS
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import PRESETS, preset
 from minillm.settings.run import OptimSection, RunConfig
 from minillm.training.gradient_parity import MODELS, Case, run_config
 from minillm.training.muon import update_flops
 from minillm.training.optim import build_optimizer
 from tests.support.launching import ROOT, run
 from tests.support.planned import measure
-from tests.support.toy_presets import toy_fields, toy_model
+from tests.support.toy_presets import toy_architecture, toy_model
 
 JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
@@ -109,7 +109,7 @@ def test_states_are_the_engines_to_the_byte(engines):
     for (case, zero), held in zip(CASES[ranks], found, strict=True):
         _, values = run_config(case, ranks)
         values["zero_optimization"] = {**values["zero_optimization"], **zero}
-        fields = {**DEFAULTS, **MODELS[case.model]}
+        fields = Architecture(**MODELS[case.model])
         groups = parameter_groups(fields, case.backend, case.expert_parallel, ranks, case.optimizer)
         for rank, measured in enumerate(held):
             whole, predicted = measured.pop("gathered"), states(groups, Zero.of(values), rank)
@@ -201,21 +201,21 @@ def saved_bytes(model: torch.nn.Module, batch: int, length: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_activations_are_what_autograd_keeps(preset, dtype, like_a_gpu):
+@pytest.mark.parametrize("name", PRESETS)
+def test_activations_are_what_autograd_keeps(name, dtype, like_a_gpu):
     """Within 5 %: not predicted are fp32 copies of norm weights, on the CPU a window's mask, and what routers keep of
     constant size."""
-    model = toy_model(preset).to(dtype)
-    made = activations(toy_fields(preset), dtype.itemsize, 2, 64)
+    model = toy_model(name).to(dtype)
+    made = activations(toy_architecture(name), dtype.itemsize, 2, 64)
     predicted = made.saved(False) + made.log_probabilities
     assert predicted == pytest.approx(saved_bytes(model, 2, 64), rel=0.05)
 
 
-@pytest.mark.parametrize("preset", ["demo", "deepseek-v3-mini"])
-def test_checkpointing_keeps_the_inputs_of_layers(preset, like_a_gpu):
-    model = toy_model(preset).to(torch.bfloat16)
+@pytest.mark.parametrize("name", ["demo", "deepseek-v3-mini"])
+def test_checkpointing_keeps_the_inputs_of_layers(name, like_a_gpu):
+    model = toy_model(name).to(torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    made = activations(toy_fields(preset), 2, 2, 64)
+    made = activations(toy_architecture(name), 2, 2, 64)
     predicted = made.saved(True) + made.log_probabilities
     assert predicted == pytest.approx(saved_bytes(model, 2, 64), rel=0.05)
     assert made.saved(True) < made.saved(False) / 3
@@ -225,7 +225,7 @@ def test_activations_grow_with_tokens_and_layers():
     fields = PRESETS["dense-26m"]
     one, four = (activations(fields, 2, rows, 512) for rows in (1, 4))
     assert four.saved(False) == 4 * one.saved(False) and four.logits == 4 * one.logits
-    deeper = activations({**fields, "num_hidden_layers": 16}, 2, 1, 512)
+    deeper = activations(preset("dense-26m", num_hidden_layers=16), 2, 1, 512)
     assert sum(deeper.layers) == 2 * sum(one.layers) and deeper.outside == one.outside
     # By hand, for a token: two norms of 512, 8 + 2 + 2 heads of 64 in bf16 with 8 sums, SwiGLU of 1408.
     norms, attention, mlp = 2 * (2 * 512 + 4 + 2 * 512), 2 * 64 * (8 + 2 + 2 + 8) + 4 * 8, 4 * 2 * 1408

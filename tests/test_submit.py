@@ -61,7 +61,7 @@ def test_the_time_limit_is_the_planned_time_with_a_margin():
     run, _ = load_run_config("dense-26m", [], stage="pretrain", configs_dir=ROOT / "launch" / "configs")
     json_file = ROOT / "ds_configs" / "zero1.json"
     values, _ = resolve_deepspeed_config(read_deepspeed_json(json_file), run, 8, "")
-    setup = Setup(fields=PRESETS["dense-26m"], values=values, world_size=8, backend="torch", expert_parallel=1,
+    setup = Setup(arch=PRESETS["dense-26m"], values=values, world_size=8, backend="torch", expert_parallel=1,
                   batch=run.train.train_batch_size, length=run.data.seq_len,
                   micro=run.train.train_micro_batch_size_per_gpu, checkpointing=False)  # fmt: skip
     expected = 1.5 * steps * speed(setup, DEVICES["rtx3090"]).seconds + 15 * 60

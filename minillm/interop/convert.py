@@ -92,16 +92,6 @@ def load_as_minillm(folder: Path) -> MiniLLMForCausalLM:
     return from_transformers(folder).float()
 
 
-def config_from_transformers(config: PretrainedConfig) -> MiniLLMConfig:
-    """The same architecture as ours; UserError where theirs has an option this decoder does not."""
-    return require_known_family(config.model_type, type(config).__name__).config_to_ours(config)
-
-
-def config_to_transformers(config: MiniLLMConfig) -> PretrainedConfig:
-    """The same architecture as the native config; UserError where no native class computes the same."""
-    return require_native_family(config).config_to_theirs(config)
-
-
 def _trainable_family(model_type: object, folder: Path) -> Family:
     if model_type not in FAMILIES:
         known = ", ".join(("minillm", *FAMILIES))

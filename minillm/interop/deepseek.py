@@ -17,10 +17,10 @@ from minillm.interop.family import (
     SAME_NAMES,
     SPARSE,
     Family,
-    Fields,
 )
 from minillm.interop.rotary_layout import interleaved_to_split, split_to_interleaved
 from minillm.interop.weights import Rule
+from minillm.settings.architecture import Architecture
 
 NAMES = {
     **{ours: theirs for ours, theirs in SAME_NAMES.items() if ours != "head_dim"},
@@ -45,24 +45,24 @@ def _read(config) -> dict[str, object]:
     }
 
 
-def _write(fields: Fields) -> dict[str, object]:
+def _write(arch: Architecture) -> dict[str, object]:
     values = {
-        "q_lora_rank": fields["q_lora_rank"],
-        "first_k_dense_replace": fields["mlp_layer_types"].count(DENSE),
+        "q_lora_rank": arch.q_lora_rank,
+        "first_k_dense_replace": arch.mlp_layer_types.count(DENSE),
         "num_nextn_predict_layers": 0,
         "rope_interleave": True,
     }
-    if SPARSE in fields["mlp_layer_types"]:
-        values["n_shared_experts"] = fields["shared_expert_intermediate_size"] // fields["moe_intermediate_size"]
+    if SPARSE in arch.mlp_layer_types:
+        values["n_shared_experts"] = arch.shared_expert_intermediate_size // arch.moe_intermediate_size
     return values
 
 
-def _problems(fields: Fields) -> list[str]:
-    kinds, found = list(fields["mlp_layer_types"]), []
+def _problems(arch: Architecture) -> list[str]:
+    kinds, found = list(arch.mlp_layer_types), []
     if kinds != sorted(kinds):  # "dense" comes before "sparse"
         found.append("mlp_layer_types has a dense layer behind a sparse one")
     if SPARSE in kinds:
-        shared, size = fields["shared_expert_intermediate_size"], fields["moe_intermediate_size"]
+        shared, size = arch.shared_expert_intermediate_size, arch.moe_intermediate_size
         if shared == 0 or shared % size:
             found.append(
                 f"shared_expert_intermediate_size is {shared}, not moe_intermediate_size ({size}) times a whole number"

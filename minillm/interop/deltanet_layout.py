@@ -52,22 +52,6 @@ def join_ba(b: torch.Tensor, a: torch.Tensor, fields: Mapping[str, int]) -> torc
     return _grouped((b, a), _rows_ba(fields), fields)
 
 
-def mixer_from_transformers(theirs: Mapping[str, torch.Tensor], fields: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """The state of a Qwen3NextGatedDeltaNet, names without prefix, as the state of a GatedDeltaNet."""
-    ours = {our_name: theirs[their_name] for our_name, their_name in SAME_TENSORS.items()}
-    ours["qkv_proj.weight"], ours["z_proj.weight"] = split_qkvz(theirs["in_proj_qkvz.weight"], fields)
-    ours["b_proj.weight"], ours["a_proj.weight"] = split_ba(theirs["in_proj_ba.weight"], fields)
-    return ours
-
-
-def mixer_to_transformers(ours: Mapping[str, torch.Tensor], fields: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """The inverse of mixer_from_transformers."""
-    theirs = {their_name: ours[our_name] for our_name, their_name in SAME_TENSORS.items()}
-    theirs["in_proj_qkvz.weight"] = join_qkvz(ours["qkv_proj.weight"], ours["z_proj.weight"], fields)
-    theirs["in_proj_ba.weight"] = join_ba(ours["b_proj.weight"], ours["a_proj.weight"], fields)
-    return theirs
-
-
 def _rows_qkvz(fields: Mapping[str, int]) -> list[int]:
     """Rows of q, k, v and z for one key head."""
     values = fields["linear_num_value_heads"] // fields["linear_num_key_heads"] * fields["linear_value_head_dim"]

@@ -18,19 +18,19 @@ FAMILIES: dict[str, Family] = {
 
 def native_family(config: MiniLLMConfig) -> str | None:
     """The model_type of the transformers class that computes the same as `config`; None where there is none."""
-    fields = config.fields()
-    return next((name for name, family in FAMILIES.items() if not family.differences(fields)), None)
+    arch = config.architecture
+    return next((name for name, family in FAMILIES.items() if not family.differences(arch)), None)
 
 
 def require_native_family(config: MiniLLMConfig) -> Family:
     """The native family; UserError with the nearest one and what it lacks."""
     if name := native_family(config):
         return FAMILIES[name]
-    fields = config.fields()
-    nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(fields)))
+    arch = config.architecture
+    nearest = min(FAMILIES.values(), key=lambda family: len(family.differences(arch)))
     raise UserError(
         f"no class of transformers computes this config (the nearest is {nearest.model_name}, but "
-        f"{'; '.join(nearest.differences(fields))}): `python -m minillm.export` writes it with its own code"
+        f"{'; '.join(nearest.differences(arch))}): `python -m minillm.export` writes it with its own code"
     )
 
 

@@ -16,10 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from minillm.interop.weights import Rule
 from minillm.models import MiniLLMConfig
-from minillm.settings.architecture import DEFAULTS, EXPERT_FIELDS, EXPERT_OPTIONS
+from minillm.settings.architecture import DEFAULTS, EXPERT_FIELDS, EXPERT_OPTIONS, Architecture
 from minillm.utils.errors import UserError
 
-Fields = Mapping[str, object]
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 DENSE, SPARSE = "dense", "sparse"
 
@@ -97,8 +96,8 @@ class Family:
     mixers: frozenset[str] = frozenset({FULL})
     mlps: frozenset[str] = frozenset({DENSE})
     read: Callable[[PretrainedConfig], dict[str, object]] = nothing
-    write: Callable[[Fields], dict[str, object]] = nothing
-    problems: Callable[[Fields], list[str]] = lambda fields: []
+    write: Callable[[Architecture], dict[str, object]] = nothing
+    problems: Callable[[Architecture], list[str]] = lambda arch: []
     carried: tuple[str, ...] = ()
     multi_token: Callable[[PretrainedConfig], tuple[str, ...]] = lambda config: ()
 
@@ -114,20 +113,20 @@ class Family:
     def rotates(self) -> bool:
         return self.fixed["position_embedding_type"] == "rope"
 
-    def differences(self, fields: Fields) -> list[str]:
-        """Why the native class does not compute what `fields` say, one clause a reason; empty where it does."""
-        sparse = SPARSE in fields["mlp_layer_types"]
+    def differences(self, arch: Architecture) -> list[str]:
+        """Why the native class does not compute what `arch` say, one clause a reason; empty where it does."""
+        sparse = SPARSE in arch.mlp_layer_types
         fixed = {**self.fixed, **(self.fixed_if_sparse if sparse else {})}
-        found = [f"{name} is {fields[name]!r}, not {value!r}" for name, value in fixed.items() if fields[name] != value]
+        found = [f"{name} is {arch[name]!r}, not {value!r}" for name, value in fixed.items() if arch[name] != value]
         for name, allowed in (("layer_types", self.mixers), ("mlp_layer_types", self.mlps)):
-            found += [f"{name} holds {kind}" for kind in dict.fromkeys(fields[name]) if kind not in allowed]
+            found += [f"{name} holds {kind}" for kind in dict.fromkeys(arch[name]) if kind not in allowed]
         if not found and self.rotates:
-            found += _dynamic_problems(fields)
-        return found or self.problems(fields)
+            found += _dynamic_problems(arch)
+        return found or self.problems(arch)
 
-    def left_out(self, fields: Fields) -> list[str]:
-        """The fields set in `fields` that only training reads and the native class has no place for."""
-        return [name for name in TRAINING_ONLY if name not in self.names and fields[name] != DEFAULTS[name]]
+    def left_out(self, arch: Architecture) -> list[str]:
+        """The fields set in `arch` that only training reads and the native class has no place for."""
+        return [name for name in TRAINING_ONLY if name not in self.names and arch[name] != DEFAULTS[name]]
 
     def config_to_ours(self, config: PretrainedConfig) -> MiniLLMConfig:
         """The same architecture as a MiniLLMConfig; UserError where theirs has an option this decoder has not."""
@@ -160,17 +159,17 @@ class Family:
 
     def config_to_theirs(self, config: MiniLLMConfig) -> PretrainedConfig:
         """The same architecture as the native config; UserError where ours has a mechanism it has not."""
-        fields = config.fields()
-        if found := self.differences(fields):
+        arch = config.architecture
+        if found := self.differences(arch):
             raise UserError(f"minillm config: {self.model_name} cannot compute it: {'; '.join(found)}")
         values = {
-            theirs: fields[ours]
+            theirs: arch[ours]
             for ours, theirs in self.names.items()
-            if fields[ours] is not None or ours.endswith("token_id")  # of what is not used their default may stay
+            if arch[ours] is not None or ours.endswith("token_id")  # of what is not used their default may stay
         }
         if self.rotates:
-            values["rope_parameters"] = _write_rope(fields, "partial_rotary_factor" not in self.fixed)
-        values |= self.write(fields)
+            values["rope_parameters"] = _write_rope(arch, "partial_rotary_factor" not in self.fixed)
+        values |= self.write(arch)
         theirs = self.config_class(**values)
         theirs.dtype = config.dtype
         return theirs
@@ -195,22 +194,22 @@ def _read_rope(config: PretrainedConfig, what: str) -> dict[str, object]:
     return {"rope_theta": theta, "rope_scaling": rope, "partial_rotary_factor": partial}
 
 
-def _write_rope(fields: Fields, partial: bool) -> dict[str, object]:
-    rope = {"rope_type": "default", "rope_theta": fields["rope_theta"], **(fields["rope_scaling"] or {})}
+def _write_rope(arch: Architecture, partial: bool) -> dict[str, object]:
+    rope = {"rope_type": "default", "rope_theta": arch.rope_theta, **(arch.rope_scaling or {})}
     if rope["rope_type"] == "dynamic":
         rope.pop("original_max_position_embeddings", None)
     if partial:
-        rope["partial_rotary_factor"] = fields["partial_rotary_factor"]
+        rope["partial_rotary_factor"] = arch.partial_rotary_factor
     return rope
 
 
-def _dynamic_problems(fields: Fields) -> list[str]:
-    scaling = fields["rope_scaling"] or {}
+def _dynamic_problems(arch: Architecture) -> list[str]:
+    scaling = arch.rope_scaling or {}
     original = scaling.get("original_max_position_embeddings")
-    if scaling.get("rope_type") == "dynamic" and original not in (None, fields["max_position_embeddings"]):
+    if scaling.get("rope_type") == "dynamic" and original not in (None, arch.max_position_embeddings):
         return [
             f"rope_scaling: dynamic stretches from original_max_position_embeddings {original}, and in transformers "
-            f"from max_position_embeddings ({fields['max_position_embeddings']})"
+            f"from max_position_embeddings ({arch.max_position_embeddings})"
         ]
     return []
 
@@ -227,8 +226,8 @@ def read_window(config: PretrainedConfig) -> dict[str, object]:
     return {"sliding_window": config.sliding_window, "layer_types": [kind] * config.num_hidden_layers}
 
 
-def same_mixer_everywhere(fields: Fields) -> list[str]:
-    if len(set(fields["layer_types"])) > 1:
+def same_mixer_everywhere(arch: Architecture) -> list[str]:
+    if len(set(arch.layer_types)) > 1:
         return ["layer_types has layers with and without a window; it must have one kind"]
     return []
 
@@ -245,6 +244,6 @@ def read_sparse_layers(config: PretrainedConfig) -> dict[str, object]:
     }
 
 
-def write_sparse_layers(fields: Fields) -> dict[str, object]:
-    dense = [i for i, kind in enumerate(fields["mlp_layer_types"]) if kind == DENSE]
+def write_sparse_layers(arch: Architecture) -> dict[str, object]:
+    dense = [i for i, kind in enumerate(arch.mlp_layer_types) if kind == DENSE]
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}

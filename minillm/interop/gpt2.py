@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from minillm.interop.family import SAME_NAMES, Family, Fields
+from minillm.interop.family import SAME_NAMES, Family
 from minillm.interop.weights import Rule
 from minillm.models.mlp import ACTIVATIONS
+from minillm.settings.architecture import Architecture
 from minillm.utils.errors import UserError
 
 NAMES = {
@@ -52,12 +53,12 @@ def _read(config) -> dict[str, object]:
     }
 
 
-def _problems(fields: Fields) -> list[str]:
+def _problems(arch: Architecture) -> list[str]:
     found = []
-    if fields["num_key_value_heads"] != fields["num_attention_heads"]:
-        found.append(f"num_key_value_heads is {fields['num_key_value_heads']}, not {fields['num_attention_heads']}")
-    if fields["num_attention_heads"] * fields["head_dim"] != fields["hidden_size"]:
-        found.append(f"head_dim is {fields['head_dim']}, not hidden_size / num_attention_heads")
+    if arch.num_key_value_heads != arch.num_attention_heads:
+        found.append(f"num_key_value_heads is {arch.num_key_value_heads}, not {arch.num_attention_heads}")
+    if arch.num_attention_heads * arch.head_dim != arch.hidden_size:
+        found.append(f"head_dim is {arch.head_dim}, not hidden_size / num_attention_heads")
     return found
 
 

@@ -15,23 +15,23 @@ from minillm.interop.family import (
     SOFTMAX_EXPERTS,
     SPARSE,
     Family,
-    Fields,
     read_sparse_layers,
     read_window,
     same_mixer_everywhere,
     write_sparse_layers,
 )
+from minillm.settings.architecture import Architecture
 
 ANY_BIAS = {name: value for name, value in PLAIN.items() if name != "attention_bias"}
 BIAS = {"attention_bias": "attention_bias"}
 ANY_WINDOW = frozenset({FULL, SLIDING})
 
 
-def _llama_problems(fields: Fields) -> list[str]:
-    if fields["hidden_size"] % fields["num_attention_heads"]:
+def _llama_problems(arch: Architecture) -> list[str]:
+    if arch.hidden_size % arch.num_attention_heads:
         return [
-            f"hidden_size is {fields['hidden_size']}: LlamaConfig wants a multiple of num_attention_heads "
-            f"({fields['num_attention_heads']})"
+            f"hidden_size is {arch.hidden_size}: LlamaConfig wants a multiple of num_attention_heads "
+            f"({arch.num_attention_heads})"
         ]
     return []
 
@@ -41,8 +41,8 @@ def _read_qwen3(config) -> dict[str, object]:
     return {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window if sliding else None}
 
 
-def _write_qwen3(fields: Fields) -> dict[str, object]:
-    window, kinds = fields["sliding_window"], list(fields["layer_types"])
+def _write_qwen3(arch: Architecture) -> dict[str, object]:
+    window, kinds = arch.sliding_window, list(arch.layer_types)
     first = kinds.index(SLIDING) if window is not None else len(kinds)
     return {
         "layer_types": kinds,
@@ -61,13 +61,13 @@ def _read_mixtral(config) -> dict[str, object]:
     }
 
 
-def _write_mixtral(fields: Fields) -> dict[str, object]:
-    return {"sliding_window": fields["sliding_window"], "intermediate_size": fields["moe_intermediate_size"]}
+def _write_mixtral(arch: Architecture) -> dict[str, object]:
+    return {"sliding_window": arch.sliding_window, "intermediate_size": arch.moe_intermediate_size}
 
 
-def _write_qwen3_moe(fields: Fields) -> dict[str, object]:
-    window = fields["sliding_window"]
-    return {"use_sliding_window": window is not None, "sliding_window": window, **write_sparse_layers(fields)}
+def _write_qwen3_moe(arch: Architecture) -> dict[str, object]:
+    window = arch.sliding_window
+    return {"use_sliding_window": window is not None, "sliding_window": window, **write_sparse_layers(arch)}
 
 
 LLAMA = Family(
@@ -83,7 +83,7 @@ MISTRAL = Family(
     fixed=PLAIN,
     mixers=ANY_WINDOW,
     read=read_window,
-    write=lambda fields: {"sliding_window": fields["sliding_window"]},
+    write=lambda arch: {"sliding_window": arch.sliding_window},
     carried=("sliding_window", "layer_types"),
     problems=same_mixer_everywhere,
 )  # fmt: skip

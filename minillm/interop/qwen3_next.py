@@ -12,11 +12,11 @@ from minillm.interop.family import (
     SAME_NAMES,
     SPARSE,
     Family,
-    Fields,
     read_sparse_layers,
     write_sparse_layers,
 )
 from minillm.interop.weights import Rule
+from minillm.settings.architecture import Architecture
 
 LINEAR_NAMES = (
     "linear_num_key_heads",
@@ -41,13 +41,13 @@ def _read(config) -> dict[str, object]:
     return values
 
 
-def _write(fields: Fields) -> dict[str, object]:
-    linear = {name: fields[name] for name in LINEAR_NAMES if fields[name] is not None}
-    return {"layer_types": list(fields["layer_types"]), **linear, **write_sparse_layers(fields)}
+def _write(arch: Architecture) -> dict[str, object]:
+    linear = {name: arch[name] for name in LINEAR_NAMES if arch[name] is not None}
+    return {"layer_types": list(arch.layer_types), **linear, **write_sparse_layers(arch)}
 
 
-def _problems(fields: Fields) -> list[str]:
-    if SPARSE in fields["mlp_layer_types"] and not fields[SHARED_EXPERT]:
+def _problems(arch: Architecture) -> list[str]:
+    if SPARSE in arch.mlp_layer_types and not arch[SHARED_EXPERT]:
         return [f"{SHARED_EXPERT} is 0: every sparse layer there has a shared expert"]
     return []
 

@@ -32,7 +32,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: MiniLLMConfig):
         super().__init__()
-        self.rotary_dim = rotary_dim(config.fields())
+        self.rotary_dim = rotary_dim(config.architecture)
         self.theta = config.rope_theta
         self.scaling = dict(config.rope_scaling or {"rope_type": "default"})
         self.scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)

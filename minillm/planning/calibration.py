@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.planning.devices import DEVICES, Device, datasheet_flops
-from minillm.planning.step import RECOMPUTATION, Fields
+from minillm.planning.step import RECOMPUTATION
 from minillm.settings.accounting import num_parameters
-from minillm.settings.architecture import mlp_layer_types
+from minillm.settings.architecture import Architecture
 from minillm.settings.presets import PRESETS
 from minillm.settings.run import RunConfig
 from minillm.utils.errors import UserError
@@ -58,7 +58,7 @@ class Step:
 
     @property
     def sparse(self) -> bool:
-        return "sparse" in mlp_layer_types(PRESETS[self.preset])
+        return "sparse" in PRESETS[self.preset].mlp_layer_types
 
 
 @dataclass(frozen=True)
@@ -182,16 +182,16 @@ def _step(reader: _Reader, number: int, row: object) -> Step | None:
     )
 
 
-def measured_step(result: Result, run: RunConfig, fields: Fields) -> Step:
+def measured_step(result: Result, run: RunConfig, arch: Architecture) -> Step:
     """The one most like the run: experts or none, compiled or not, checkpointing or not, then the nearest in size and
     in tokens of a forward pass."""
-    size = num_parameters(fields)["matmul"]
+    size = num_parameters(arch)["matmul"]
     micro = run.train.train_micro_batch_size_per_gpu
     rows = (micro if isinstance(micro, int) else 1) * run.data.seq_len
 
     def unlike(step: Step) -> tuple[object, ...]:
         return (
-            step.sparse != ("sparse" in mlp_layer_types(fields)),
+            step.sparse != ("sparse" in arch.mlp_layer_types),
             step.compile != run.train.compile,
             step.checkpointing != run.train.gradient_checkpointing,
             abs(math.log(num_parameters(PRESETS[step.preset])["matmul"] / size)),
@@ -227,7 +227,7 @@ def measured_device(result: Result) -> Device:
     return device if result.bus is None else device._replace(bus=result.bus, link="measured")
 
 
-def measured_sentence(result: Result, step: Step, device: Device, run: RunConfig, fields: Fields) -> str:
+def measured_sentence(result: Result, step: Step, device: Device, run: RunConfig, arch: Architecture) -> str:
     """What was measured, and in what it differs from the run."""
     memory = f"peak memory {step.memory_ratio:.2f} of what was planned"
     sentence = (
@@ -235,7 +235,7 @@ def measured_sentence(result: Result, step: Step, device: Device, run: RunConfig
         f"{step.of_products(device):.0%} of the peak; {memory}"
     )
     other = [
-        ("experts", step.sparse, "sparse" in mlp_layer_types(fields)),
+        ("experts", step.sparse, "sparse" in arch.mlp_layer_types),
         ("train.compile", step.compile, run.train.compile),
         ("train.gradient_checkpointing", step.checkpointing, run.train.gradient_checkpointing),
     ]

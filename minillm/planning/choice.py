@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minillm.planning.devices import Device
-from minillm.planning.step import Fields, Memory, Setup, Speed, largest_micro_batch, memory, speed
+from minillm.planning.step import Memory, Setup, Speed, largest_micro_batch, memory, speed
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import (
     precision,
     read_deepspeed_json,
@@ -67,36 +68,38 @@ class Row:
         return self.largest > 0
 
 
-def candidates(run: RunConfig, fields: Fields, gpus: int) -> list[tuple[str, int | str]]:
+def candidates(run: RunConfig, arch: Architecture, gpus: int) -> list[tuple[str, int | str]]:
     """(backend, expert_parallel_size) to look at: the run's own, and where it leaves the backend open, every one."""
     size = run.model.expert_parallel_size
-    if not has_experts(fields):
+    if not has_experts(arch):
         return [(run.model.moe_backend, size)]
-    shared = largest_size(fields, gpus) if size in ("auto", 1) else size
+    shared = largest_size(arch, gpus) if size in ("auto", 1) else size
     if run.model.moe_backend != "auto":
         return [(run.model.moe_backend, size if size != "auto" else 1 if run.model.moe_backend == "torch" else shared)]
     return [(backend, 1 if backend == "torch" else shared) for backend in BACKENDS]
 
 
-def plan_json(path: Path, run: RunConfig, fields: Fields, order: Order) -> tuple[list[Row], list[tuple[str, str, str]]]:
+def plan_json(
+    path: Path, run: RunConfig, arch: Architecture, order: Order
+) -> tuple[list[Row], list[tuple[str, str, str]]]:
     """The rows of one DeepSpeed configuration, and what is refused: (file, experts, reason)."""
     values = read_deepspeed_json(path)
     rows, refused = [], []
-    for backend, size in candidates(run, fields, order.gpus):
+    for backend, size in candidates(run, arch, order.gpus):
         own = run.model_copy(deep=True)
         own.model.moe_backend, own.model.expert_parallel_size = backend, size
         resolved, problems = resolve_deepspeed_config(values, own, order.gpus, str(path))
-        experts = f"{backend} x {size}" if has_experts(fields) else ""
+        experts = f"{backend} x {size}" if has_experts(arch) else ""
         enabled = section(values, "expert_parallel").get("enabled")
-        if not problems and has_experts(fields) and (not enabled or backend == "autoep"):
-            problems = backend_problems(fields, backend, size, resolved, order.gpus)
-        problems = problems or resolve_moe_backend(own, fields, resolved, order.gpus)
+        if not problems and has_experts(arch) and (not enabled or backend == "autoep"):
+            problems = backend_problems(arch, backend, size, resolved, order.gpus)
+        problems = problems or resolve_moe_backend(own, arch, resolved, order.gpus)
         if precision(values) not in order.device.flops:
             problems = problems or [f"no rate of {precision(values)} products is known of {order.device.name}"]
         if problems:
             refused.append((path.stem, experts, "; ".join(problems)))
             continue
-        setup = replace(Setup.of(own, fields, resolved, order.gpus), gpus_per_node=order.gpus_per_node,
+        setup = replace(Setup.of(own, arch, resolved, order.gpus), gpus_per_node=order.gpus_per_node,
                         workspace=order.device.workspace, memory_ratio=order.memory_ratio)  # fmt: skip
         rows.append(plan_row(path.stem, experts, setup, order))
     return rows, refused

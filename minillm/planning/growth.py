@@ -15,7 +15,8 @@ from minillm.planning.choice import Order, Row, best_row, plan_json
 from minillm.planning.devices import Device
 from minillm.planning.network import HOP_BETWEEN, HOP_INSIDE, Layout
 from minillm.planning.states import MASTER, moment_bytes, parameter_groups
-from minillm.planning.step import HOST_LINK, HOST_MEMORY, Fields, Setup, cost, days, speed
+from minillm.planning.step import HOST_LINK, HOST_MEMORY, Setup, cost, days, speed
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import zero_stage
 from minillm.settings.run import RunConfig
 
@@ -63,7 +64,7 @@ class Point:
     data_rate: float = 0.0
 
 
-def growth(run: RunConfig, fields: Fields, paths: list[Path], order: Order, sizes: list[int], weak: bool,
+def growth(run: RunConfig, arch: Architecture, paths: list[Path], order: Order, sizes: list[int], weak: bool,
            disk: float = DISK) -> list[Point]:  # fmt: skip
     """One point a size, in order.
 
@@ -78,10 +79,10 @@ def growth(run: RunConfig, fields: Fields, paths: list[Path], order: Order, size
         batch = run.train.train_batch_size
         return batch * gpus // smallest if weak else batch
 
-    node = _point(run, fields, paths, replace(order, gpus=order.gpus_per_node), batch_of(order.gpus_per_node))
+    node = _point(run, arch, paths, replace(order, gpus=order.gpus_per_node), batch_of(order.gpus_per_node))
     points = []
     for gpus in sizes:
-        point = _point(run, fields, paths, replace(order, gpus=gpus), batch_of(gpus))
+        point = _point(run, arch, paths, replace(order, gpus=gpus), batch_of(gpus))
         if point.row is None:
             points.append(point)
             continue
@@ -93,12 +94,12 @@ def growth(run: RunConfig, fields: Fields, paths: list[Path], order: Order, size
             of_one=rate / (gpus * one_gpu(point.row.setup, order.device, order.mfu)),
             of_node=of_node,
             save=save(point.row.setup, own.device, run.checkpoint.asynchronous, disk),
-            data_rate=rate / nodes * token_bytes(fields["vocab_size"]),
+            data_rate=rate / nodes * token_bytes(arch.vocab_size),
         ))  # fmt: skip
     return points
 
 
-def _point(run: RunConfig, fields: Fields, paths: list[Path], order: Order, batch: int) -> Point:
+def _point(run: RunConfig, arch: Architecture, paths: list[Path], order: Order, batch: int) -> Point:
     gpus, per_node = order.gpus, order.gpus_per_node
     empty = Point(gpus, -(-gpus // per_node), batch)
     if gpus > per_node and gpus % per_node:
@@ -111,7 +112,7 @@ def _point(run: RunConfig, fields: Fields, paths: list[Path], order: Order, batc
     own.train.train_micro_batch_size_per_gpu = max(m for m in range(1, micro + 1) if share % m == 0)
     rows, refused = [], []
     for path in paths:
-        found, not_found = plan_json(path, own, fields, order)
+        found, not_found = plan_json(path, own, arch, order)
         rows, refused = rows + found, refused + not_found
     best = best_row(rows)
     if best is not None:
@@ -140,7 +141,7 @@ def save(setup: Setup, device: Device, asynchronous: bool, disk: float = DISK) -
     DeepSpeed gathers by an all-reduce of each tensor at stages 1 and 2 (utils/tensor_fragment.py) and by an all-gather
     at stage 3; at stage 0 every rank has them.
     """
-    groups = parameter_groups(setup.fields, "torch", 1, setup.world_size, setup.optimizer)
+    groups = parameter_groups(setup.arch, "torch", 1, setup.world_size, setup.optimizer)
     layout = Layout.of(setup.world_size, setup.gpus_per_node)
     each = [MASTER + moment_bytes(group) for group in groups]  # bytes a parameter
     size = float(sum(bytes_ * sum(group.sizes) for bytes_, group in zip(each, groups, strict=True)))

@@ -14,22 +14,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minillm.planning.devices import DEVICES
-from minillm.planning.step import MFU, Fields, Setup, speed
-from minillm.settings.architecture import DEFAULTS
+from minillm.planning.step import MFU, Setup, speed
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, shared: int) -> Fields:
-    return {**DEFAULTS, "vocab_size": 32_000, "hidden_size": hidden, "intermediate_size": inner,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": shared,
-            "head_dim": hidden // heads, "tie_word_embeddings": False}  # fmt: skip
+def _llama(hidden: int, inner: int, layers: int, heads: int, shared: int) -> Architecture:
+    return Architecture(
+        vocab_size=32_000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=shared, head_dim=hidden // heads, tie_word_embeddings=False,
+    )  # fmt: skip
 
 
-def _mpt(hidden: int, layers: int, heads: int) -> Fields:
+def _mpt(hidden: int, layers: int, heads: int) -> Architecture:
     """MosaicML's MPT: GPT's block with ALiBi, which has no parameters."""
-    return {**DEFAULTS, "vocab_size": 50_368, "hidden_size": hidden, "intermediate_size": 4 * hidden,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
-            "head_dim": hidden // heads, "mlp_type": "mlp", "norm_type": "layernorm", "hidden_act": "gelu"}  # fmt: skip
+    return Architecture(
+        vocab_size=50_368, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=hidden // heads,
+        mlp_type="mlp", norm_type="layernorm", hidden_act="gelu",
+    )  # fmt: skip
 
 
 TINYLLAMA, LLAMA_7B = _llama(2048, 5632, 22, 32, 4), _llama(4096, 11_008, 32, 32, 32)
@@ -50,7 +53,7 @@ class Published:
     """
 
     name: str
-    fields: Fields
+    arch: Architecture
     device: str
     gpus: int
     json_file: str
@@ -98,7 +101,7 @@ def predicted(run: Published, deepspeed_dir: Path, mfu: float = MFU) -> float:
         deepspeed_dir: where ds_configs is.
     """
     values = read_deepspeed_json(deepspeed_dir / f"{run.json_file}.json")
-    setup = Setup(run.fields, values, run.gpus, "torch", 1, run.gpus * run.micro * run.micro_steps, run.length,
+    setup = Setup(run.arch, values, run.gpus, "torch", 1, run.gpus * run.micro * run.micro_steps, run.length,
                   run.micro, run.checkpointing, gpus_per_node=8)  # fmt: skip
     return speed(setup, DEVICES[run.device], mfu).tokens_per_s
 

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from minillm.settings.accounting import Shapes, parameter_shapes
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import precision, section, zero_stage
-
-Fields = Mapping[str, object]
 
 MOE_GROUP = 178_956_971  # parameters of a group of experts (deepspeed.moe.utils.split_params_into_different_moe_groups)
 REDUCE_BUCKET = 5e8  # DeepSpeed's defaults from here on, in elements (runtime/zero/config.py)
@@ -100,9 +99,9 @@ class Zero:
         )
 
 
-def engine_shapes(fields: Fields, backend: str, size: int) -> dict[str, tuple[tuple[int, ...], bool]]:
+def engine_shapes(arch: Architecture, backend: str, size: int) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> shape on one rank, and whether it is an expert of a shared-out set; AutoEP keeps gate and up apart."""
-    shapes: Shapes = parameter_shapes(fields)
+    shapes: Shapes = parameter_shapes(arch)
     own = {}
     for name, shape in shapes.items():
         routed = backend != "torch" and ".mlp.experts." in name
@@ -129,11 +128,11 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def parameter_groups(
-    fields: Fields, backend: str, size: int, world_size: int, optimizer: str = "adamw"
+    arch: Architecture, backend: str, size: int, world_size: int, optimizer: str = "adamw"
 ) -> list[Group]:
     """The optimizer's groups (training.optim): decay and no decay, experts apart and cut, Muon's matrices apart."""
     kept: dict[tuple[bool, bool], list[tuple[int, bool]]] = {}
-    for name, (shape, routed) in engine_shapes(fields, backend, size).items():
+    for name, (shape, routed) in engine_shapes(arch, backend, size).items():
         decays = len(shape) >= 2 and not name.endswith("bias")
         muon = optimizer == "muon" and (is_matrix(name, shape) or (routed and decays))  # AutoEP has its own names
         kept.setdefault((routed, not decays), []).append((math.prod(shape), muon))
@@ -156,17 +155,17 @@ def _cut(members: list[tuple[int, bool]]) -> list[list[tuple[int, bool]]]:
     return parts
 
 
-def orthogonalisation_flops(fields: Fields) -> tuple[int, int]:
+def orthogonalisation_flops(arch: Architecture) -> tuple[int, int]:
     """Of one update by Muon: all matrices together, and the largest of them. Five Newton-Schulz steps of a matrix with
     sides s <= l: its product with itself, that one's square, and its product with the matrix (training.muon)."""
     each = []
-    for name, shape in parameter_shapes(fields).items():
+    for name, shape in parameter_shapes(arch).items():
         if not is_matrix(name, shape):
             continue
         *stack, rows, columns = shape
         heights = [rows // 2] * 2 if name.endswith("gate_up_proj") else [rows]
         if name.endswith("qkv_proj.weight"):
-            key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
+            key = arch.linear_num_key_heads * arch.linear_key_head_dim
             heights = [key, key, rows - 2 * key]
         for height in heights * math.prod(stack):
             small, large = sorted((height, columns))

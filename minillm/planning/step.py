@@ -10,7 +10,6 @@ Units: bytes, seconds, of one GPU unless said otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -34,11 +33,9 @@ from minillm.planning.states import (
     traffic,
 )
 from minillm.settings.accounting import flops_per_token
-from minillm.settings.architecture import mlp_layer_types
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import precision
 from minillm.settings.run import RunConfig
-
-Fields = Mapping[str, object]
 
 MFU = 0.45  # of the datasheet's peak, one card alone: nanochat d12 on an RTX 3090 (its pull request 509)
 CONTEXT = 0.7 * 2**30  # CUDA context, kernels and NCCL's buffers, outside PyTorch's allocator
@@ -55,7 +52,7 @@ class Setup:
     """One way to run a model.
 
     Attributes:
-        fields: the architecture.
+        arch: the architecture.
         values: DeepSpeed's configuration.
         world_size: GPUs.
         backend, expert_parallel: who runs the experts, and ranks that share one set of them.
@@ -69,7 +66,7 @@ class Setup:
         memory_ratio: of what is allocated over what is predicted, where a step like it was measured.
     """
 
-    fields: Fields
+    arch: Architecture
     values: dict[str, Any]
     world_size: int
     backend: str
@@ -85,10 +82,10 @@ class Setup:
     optimizer: str = "adamw"
 
     @classmethod
-    def of(cls, run: RunConfig, fields: Fields, values: dict[str, Any], world_size: int) -> Setup:
+    def of(cls, run: RunConfig, arch: Architecture, values: dict[str, Any], world_size: int) -> Setup:
         """A run's own way."""
         return cls(
-            fields=fields,
+            arch=arch,
             values=values,
             world_size=world_size,
             backend=run.model.moe_backend,
@@ -104,7 +101,7 @@ class Setup:
     @property
     def groups(self) -> list[Group]:
         """The optimizer's."""
-        return parameter_groups(self.fields, self.backend, self.expert_parallel, self.world_size, self.optimizer)
+        return parameter_groups(self.arch, self.backend, self.expert_parallel, self.world_size, self.optimizer)
 
     @property
     def micro_steps(self) -> int:
@@ -155,11 +152,11 @@ def memory(setup: Setup) -> Memory:
     With one micro-step, gradients of stages 0 to 2 do not exist before backward, which frees activations as it makes
     them.
     """
-    fields, zero = setup.fields, Zero.of(setup.values)
+    arch, zero = setup.arch, Zero.of(setup.values)
     groups = setup.groups
-    table = fields["vocab_size"] * fields["hidden_size"] if fields["tie_word_embeddings"] else 0
+    table = arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings else 0
     kept, extra = _held(tuple(groups), zero, _ranks(setup), table)
-    made = activations(fields, zero.low, setup.micro, setup.length, setup.backend, setup.expert_parallel)
+    made = activations(arch, zero.low, setup.micro, setup.length, setup.backend, setup.expert_parallel)
     saved, again = made.saved(setup.checkpointing), made.recomputed(setup.checkpointing)
     before = kept.gradients if setup.micro_steps > 1 or zero.stage == 3 else 0
     moments = [  # gradients, activations, logits, buffers
@@ -215,11 +212,11 @@ def exchanged(setup: Setup) -> float:
     (ranks - 1) / ranks leave the card. DeepSpeed's MoE layer sends buffers as large as the fullest expert (or the
     capacity); checkpointing sends the forward's half again.
     """
-    layers = [kind for kind in mlp_layer_types(setup.fields) if kind == "sparse"]
+    layers = [kind for kind in setup.arch.mlp_layer_types if kind == "sparse"]
     if not layers or setup.expert_parallel == 1:
         return 0.0
-    number = len(layers) + setup.fields["num_nextn_predict_layers"] * (mlp_layer_types(setup.fields)[-1] == "sparse")
-    numbers = setup.micro * setup.length * setup.fields["num_experts_per_tok"] * setup.fields["hidden_size"]
+    number = len(layers) + setup.arch.num_nextn_predict_layers * (setup.arch.mlp_layer_types[-1] == "sparse")
+    numbers = setup.micro * setup.length * setup.arch.num_experts_per_tok * setup.arch.hidden_size
     filled = (setup.capacity or IMBALANCE) if setup.backend == "deepspeed" else 1.0
     leaving = (setup.expert_parallel - 1) / setup.expert_parallel
     return (6 if setup.checkpointing else 4) * number * numbers * Zero.of(setup.values).low * filled * leaving
@@ -273,7 +270,7 @@ def speed(setup: Setup, device: Device, mfu: float = MFU) -> Speed:
     layout = Layout.of(setup.world_size, setup.gpus_per_node)
     taken = links(groups, zero, setup.micro_steps, exchange, setup.expert_parallel, layout, device)
     tokens, elements = setup.batch * setup.length, sum(sum(group.sizes) for group in groups)
-    work = flops_per_token(setup.fields, setup.length) * tokens / setup.world_size
+    work = flops_per_token(setup.arch, setup.length) * tokens / setup.world_size
     work *= RECOMPUTATION if setup.checkpointing else 1
     compute = work / (mfu * device.flops[precision(setup.values)])
     reduce, gather = sum(taken.reduce), sum(taken.gather)
@@ -300,7 +297,7 @@ def speed(setup: Setup, device: Device, mfu: float = MFU) -> Speed:
 def _orthogonalisation(setup: Setup, groups: list[Group], device: Device, mfu: float, layout: Layout) -> float:
     """Seconds of Muon's matrices: shared out among the ranks, and at stage 3, where all ranks have a slice of each, to
     the owner and back; at stage 0 the results go to everyone. At stages 1 and 2 matrices lie whole on a rank."""
-    zero, (total, largest) = Zero.of(setup.values), orthogonalisation_flops(setup.fields)
+    zero, (total, largest) = Zero.of(setup.values), orthogonalisation_flops(setup.arch)
     seconds = max(total / setup.world_size, largest) / (mfu * device.flops[precision(setup.values)])
     passes = {0: setup.world_size, 3: 2}.get(zero.stage, 0)  # of a rank's own part
     sent = passes * zero.low * sum(sent_in_a_ring(g) * sum(g.sizes) / g.ranks for g in groups if g.muon)

@@ -10,27 +10,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from minillm.settings.architecture import mlp_layer_types
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import section, zero_stage
 from minillm.settings.run import ModelSection, RunConfig
 
 BACKENDS = ("torch", "deepspeed", "autoep")
-Fields = Mapping[str, object]
 
 
-def has_experts(fields: Fields) -> bool:
-    return "sparse" in mlp_layer_types(fields)
+def has_experts(arch: Architecture) -> bool:
+    return "sparse" in arch.mlp_layer_types
 
 
-def backend_problems(fields: Fields, backend: str, size: int, values: dict[str, Any], world_size: int) -> list[str]:
+def backend_problems(arch: Architecture, backend: str, size: int, values: dict[str, Any], world_size: int) -> list[str]:
     """Why this backend cannot run these experts so; nothing where it can.
 
     Args:
-        fields: the architecture.
+        arch: the architecture.
         size: expert_parallel_size, ranks that share one set of experts.
         values: DeepSpeed's configuration.
     """
-    if not has_experts(fields):
+    if not has_experts(arch):
         return [] if backend == "torch" and size == 1 else ["the model has no experts"]
     if backend == "torch":
         return [] if size == 1 else ["torch keeps every expert on every rank"]
@@ -40,9 +39,9 @@ def backend_problems(fields: Fields, backend: str, size: int, values: dict[str, 
         problems.append("ZeRO-0 counts the experts of one rank alone in the gradient norm (DeepSpeed issue 8475)")
     if backend == "deepspeed" and stage == 3:
         problems.append("DeepSpeed's MoE layer cannot run under ZeRO-3")
-    if backend == "autoep" and fields["mlp_type"] != "swiglu":
+    if backend == "autoep" and arch.mlp_type != "swiglu":
         problems.append("AutoEP computes gated experts without biases (mlp_type swiglu) only")
-    for what, count in (("num_experts", fields["num_experts"]), ("the ranks", world_size)):
+    for what, count in (("num_experts", arch.num_experts), ("the ranks", world_size)):
         if count % size:
             problems.append(f"expert_parallel_size {size} does not divide {what} ({count})")
     for key, needed in (("contiguous_gradients", stage == 2), ("reduce_scatter", stage in (1, 2))):
@@ -55,12 +54,12 @@ def backend_problems(fields: Fields, backend: str, size: int, values: dict[str, 
     return problems
 
 
-def largest_size(fields: Fields, world_size: int) -> int:
+def largest_size(arch: Architecture, world_size: int) -> int:
     """The most ranks one set of experts can be shared out among."""
-    return math.gcd(fields["num_experts"], world_size)
+    return math.gcd(arch.num_experts, world_size)
 
 
-def legal_choices(fields: Fields, world_size: int) -> dict[str, str]:
+def legal_choices(arch: Architecture, world_size: int) -> dict[str, str]:
     """Backend -> the ZeRO stages it may have and the expert-parallel sizes, as text; `-` for none."""
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     choices = {}
@@ -69,24 +68,24 @@ def legal_choices(fields: Fields, world_size: int) -> dict[str, str]:
             (stage, size)
             for stage in range(4)
             for size in sizes
-            if not backend_problems(fields, backend, size, {"zero_optimization": {"stage": stage}}, world_size)
+            if not backend_problems(arch, backend, size, {"zero_optimization": {"stage": stage}}, world_size)
         ]
         columns = [", ".join(map(str, sorted(set(column)))) for column in zip(*legal)]
         choices[backend] = "ZeRO {}; size {}".format(*columns) if legal else "-"
     return choices
 
 
-def describe_legal(presets: Mapping[str, Fields], world_size: int) -> list[str]:
+def describe_legal(presets: Mapping[str, Architecture], world_size: int) -> list[str]:
     """A Markdown table: what each backend may be asked for with each preset that has experts."""
     rows = [f"| preset (experts) | {' | '.join(BACKENDS)} |", "|---" * (1 + len(BACKENDS)) + "|"]
-    for name, fields in presets.items():
-        if has_experts(fields):
-            cells = " | ".join(legal_choices(fields, world_size).values())
-            rows.append(f"| {name} ({fields['num_experts']}) | {cells} |")
+    for name, arch in presets.items():
+        if has_experts(arch):
+            cells = " | ".join(legal_choices(arch, world_size).values())
+            rows.append(f"| {name} ({arch.num_experts}) | {cells} |")
     return rows
 
 
-def resolve_moe_backend(run: RunConfig, fields: Fields, values: dict[str, Any], world_size: int) -> list[str]:
+def resolve_moe_backend(run: RunConfig, arch: Architecture, values: dict[str, Any], world_size: int) -> list[str]:
     """Settle model.moe_backend, model.expert_parallel_size and DeepSpeed's expert_parallel, in place.
 
     auto: AutoEP where the JSON enables expert_parallel, torch where one rank holds all experts, else the first of
@@ -94,13 +93,13 @@ def resolve_moe_backend(run: RunConfig, fields: Fields, values: dict[str, Any], 
     divides experts and ranks, 1 for torch. Settling what is settled changes nothing.
 
     Args:
-        fields: the architecture.
+        arch: the architecture.
         values: the configuration for `deepspeed.initialize`.
 
     Returns:
         The problems found, one sentence each.
     """
-    problems = _resolve(run.model, fields, values, world_size)
+    problems = _resolve(run.model, arch, values, world_size)
     given = section(values, "expert_parallel")
     if not problems and run.model.moe_backend != "autoep" and set(given) - {"enabled"}:
         problems.append(
@@ -118,8 +117,8 @@ def resolve_moe_backend(run: RunConfig, fields: Fields, values: dict[str, Any], 
     return problems
 
 
-def _resolve(model: ModelSection, fields: Fields, values: dict[str, Any], world_size: int) -> list[str]:
-    if not has_experts(fields):
+def _resolve(model: ModelSection, arch: Architecture, values: dict[str, Any], world_size: int) -> list[str]:
+    if not has_experts(arch):
         return _resolve_dense(model, values)
     enabled = bool(section(values, "expert_parallel").get("enabled"))
     if enabled and model.moe_backend in ("torch", "deepspeed"):
@@ -137,13 +136,13 @@ def _resolve(model: ModelSection, fields: Fields, values: dict[str, Any], world_
     for backend in candidates:
         size = model.expert_parallel_size
         if size == "auto":
-            size = 1 if backend == "torch" else largest_size(fields, world_size)
-        tried[backend] = size, backend_problems(fields, backend, size, values, world_size)
+            size = 1 if backend == "torch" else largest_size(arch, world_size)
+        tried[backend] = size, backend_problems(arch, backend, size, values, world_size)
         if not tried[backend][1]:
             model.moe_backend, model.expert_parallel_size = backend, size
             return _capacity_problems(model)
     backend, (size, problems) = next(iter(tried.items()))
-    choices = legal_choices(fields, world_size).items()
+    choices = legal_choices(arch, world_size).items()
     legal = ", ".join(f"{name} ({text})" for name, text in choices if text != "-")
     model.moe_backend, model.expert_parallel_size = backend, size
     return [

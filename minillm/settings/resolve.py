@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from minillm.run_folder import newest_run_checkpoint, resolve_model_folder
-from minillm.settings.architecture import DEFAULTS
+from minillm.settings.architecture import DEFAULTS, Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.moe_backends import resolve_moe_backend
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import preset
 from minillm.settings.run import RunConfig, load_run_config, model_overrides, raise_problems
 from minillm.utils.errors import UserError
 from minillm.utils.files import read_json
@@ -31,7 +31,7 @@ def resolve_run(
     stage: str,
     world_size: int,
     configs_dir: Path,
-    fill: Callable[[RunConfig, dict, dict, int], None] = lambda *_: None,
+    fill: Callable[[RunConfig, Architecture, dict, int], None] = lambda *_: None,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """The run's configuration and DeepSpeed's.
 
@@ -48,12 +48,12 @@ def resolve_run(
     is_auto = [run.train.train_micro_batch_size_per_gpu, *owned] == ["auto"] * 3
     resolved, more = resolve_deepspeed_config(values, run, world_size, json_file)
     if not problems + more:
-        fields, _ = model_fields(run)
-        if fields is not None:  # else the training process settles it, when the weights are there
-            more += resolve_moe_backend(run, fields, resolved, world_size)
+        arch, _ = architecture_of(run)
+        if arch is not None:  # else the training process settles it, when the weights are there
+            more += resolve_moe_backend(run, arch, resolved, world_size)
     raise_problems(problems + more, f"{config} with {json_file} on {world_size} rank(s)")
-    if is_auto and fields is not None:
-        fill(run, fields, resolved, world_size)
+    if is_auto and arch is not None:
+        fill(run, arch, resolved, world_size)
     return run, resolved
 
 
@@ -110,11 +110,11 @@ def _missing(path: str) -> str | None:
     return "it is not there; name a folder of shards, a .tar, a pattern or a URL (`python -m data_tools.shards build`)"
 
 
-def model_fields(run: RunConfig) -> tuple[dict[str, object] | None, str]:
+def architecture_of(run: RunConfig) -> tuple[Architecture | None, str]:
     """The architecture, and what to call it: the preset's, or that of the weights the run starts with; None where it
     cannot be told without loading them."""
     if run.model.init_from is None:
-        return {**PRESETS[run.model.preset], **model_overrides(run)}, run.model.preset
+        return preset(run.model.preset, **model_overrides(run)), run.model.preset
     name = f"that of {run.model.init_from}"
     try:
         base = newest_run_checkpoint(Path(run.run_root), "pretrain") if run.model.init_from == "newest" else (
@@ -126,4 +126,4 @@ def model_fields(run: RunConfig) -> tuple[dict[str, object] | None, str]:
     if config.get("model_type") != "minillm":
         return None, f"{name}: {base}, a {config.get('model_type')} model"
     known = {field: config[field] for field in DEFAULTS if field in config}
-    return {**DEFAULTS, **known, **model_overrides(run)}, f"{name}: {base}"
+    return Architecture(**{**known, **model_overrides(run)}), f"{name}: {base}"

@@ -14,8 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from minillm.settings.architecture import DEFAULTS, context_problems, problems_of
-from minillm.settings.presets import PRESETS
+from minillm.settings.architecture import DEFAULTS, Architecture, form_problems, problems_of
+from minillm.settings.derived import coerce
+from minillm.settings.presets import PRESETS, preset
 from minillm.utils.errors import UserError, nearest
 from minillm.utils.places import find_named
 
@@ -365,68 +366,37 @@ def check_run_config(run: RunConfig) -> list[str]:
 
 
 def check_model(run: RunConfig) -> list[str]:
-    """Preset and overrides: names, types, mechanisms, shapes. Values take the preset's types, in place."""
+    """Preset and overrides: names, types, mechanisms, shapes. Values take their fields' types, in place."""
     section, problems = run.model, []
     if section.preset not in PRESETS:
         return [f"model.preset = {section.preset!r}: unknown preset{nearest(section.preset, sorted(PRESETS))}"]
-    fields = dict(PRESETS[section.preset])
-    for name, value in model_overrides(run).items():
-        if name not in fields:
-            names = [*ModelSection.model_fields, *fields]
+    given = model_overrides(run)
+    for name, value in list(given.items()):
+        if name not in DEFAULTS:
+            names = [*ModelSection.model_fields, *DEFAULTS]
             problems.append(f"model.{name}: unknown architecture field{nearest(name, names)}")
-            continue
-        if section.init_from is not None and name not in CONTEXT_FIELDS:
+            del given[name]
+        elif name in TOKEN_IDS:
+            problems.append(f"model.{name} = {value!r}: token ids are the tokenizer's; leave it out")
+            del given[name]
+        elif section.init_from is not None and name not in CONTEXT_FIELDS:
             problems.append(
                 f"model.{name} = {value!r}: the model comes from model.init_from; its shape cannot change (only "
                 f"{', '.join(CONTEXT_FIELDS)} can, to lengthen the context)"
             )
-        if name in TOKEN_IDS:
-            problems.append(f"model.{name} = {value!r}: token ids are the tokenizer's; leave it out")
-            continue
-        try:
-            fields[name] = section.model_extra[name] = convert_field(name, value, fields[name])
-        except ValueError as error:
-            problems.append(f"model.{name} = {value!r}: {error}")
-    if section.init_from is None:
-        known = {**fields, **dict.fromkeys(TOKEN_IDS)}  # a smaller vocabulary than the preset's has other ids
-        problems += [f"model.{problem}" for problem in problems_of(known)]
-    else:
-        problems += [f"model.{problem}" for problem in context_problems(model_overrides(run))]
-    if section.init_from is None and run.data.seq_len > fields["max_position_embeddings"]:
+        else:
+            given[name] = section.model_extra[name] = coerce(name, value)
+    if section.init_from is not None:
+        context = {name: value for name, value in given.items() if name in CONTEXT_FIELDS}
+        return problems + [f"model.{problem}" for problem in form_problems(Architecture(**context))]
+    arch = preset(section.preset, **given)
+    broken = problems_of(arch)
+    if not form_problems(arch) and run.data.seq_len > arch.max_position_embeddings:
         problems.append(
-            f"data.seq_len = {run.data.seq_len}: the model has {fields['max_position_embeddings']} positions; "
+            f"data.seq_len = {run.data.seq_len}: the model has {arch.max_position_embeddings} positions; "
             f"lower it, or raise model.max_position_embeddings"
         )
-    return problems
-
-
-def convert_field(name: str, value: Any, like: Any) -> Any:
-    """An architecture field's value as `convert` makes it; null where null is a value of the field."""
-    if value is None and DEFAULTS[name] is None:
-        return None
-    return convert(value, like if like is not None else DEFAULTS[name])
-
-
-def convert(value: Any, like: Any) -> Any:
-    """`value` in the type of the preset's value `like` (YAML reads 1e6 as text); numbers have to be above 0.
-
-    Raises:
-        ValueError: it is of another type.
-    """
-    if isinstance(like, bool):
-        if not isinstance(value, bool):
-            raise ValueError("must be true or false")
-        return value
-    if isinstance(like, (int, float)):
-        kind = type(like)
-        try:
-            number = None if isinstance(value, bool) else kind(value)
-        except (TypeError, ValueError, OverflowError):
-            number = None
-        if number is None or number != float(value) or number < 0:
-            raise ValueError(f"must be {'a whole' if kind is int else 'a'} number, like {like!r}")
-        return number
-    return value
+    return problems + [f"model.{problem}" for problem in broken]
 
 
 def model_overrides(run: RunConfig) -> dict[str, Any]:

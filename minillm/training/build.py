@@ -16,7 +16,7 @@ from minillm.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.run_folder import newest_run_checkpoint, resolve_model_folder
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import preset
 from minillm.settings.run import RunConfig, Sources, model_overrides
 from minillm.training.checkpoint import newest_to_resume
 from minillm.utils import distributed
@@ -149,7 +149,7 @@ def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
     if data.base is not None:
         config = _with_context(load_config_as_minillm(data.base), model_overrides(run))
     else:
-        fields = {**PRESETS[run.model.preset], **model_overrides(run)}
+        fields = preset(run.model.preset, **model_overrides(run))
         special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                    "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
         try:

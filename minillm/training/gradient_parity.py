@@ -30,6 +30,7 @@ from minillm.compat.deepspeed_api import link_optimizer_states
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.models.capacity import Capacity
 from minillm.models.moe import SparseMoE
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import resolve_deepspeed_config
 from minillm.settings.moe_backends import BACKENDS, backend_problems, resolve_moe_backend
 from minillm.settings.run import RunConfig, raise_problems
@@ -115,7 +116,7 @@ def legal_cases(world_size: int) -> Iterator[Case]:
     """Every combination that backend_problems and the precision rules allow."""
     for model, fields in MODELS.items():
         sparse = "experts" in model
-        full = {**MiniLLMConfig().fields(), **fields}
+        full = Architecture(**fields)
         for precision, stage, accumulation in itertools.product(("fp32", "bf16"), (0, 1, 2, 3), (1, 3)):
             if precision == "bf16" and stage == 0:
                 continue  # DeepSpeed's optimizer there cannot be saved; the trainer refuses it
@@ -183,8 +184,8 @@ def run_config(case: Case, world_size: int) -> tuple[RunConfig, dict]:
         if case.stage > 1:
             values["data_types"] = {"grad_accum_dtype": "fp32"}
     resolved, problems = resolve_deepspeed_config(values, run, world_size, "parity")
-    fields = {**MiniLLMConfig().fields(), **MODELS[case.model]}
-    raise_problems(problems or resolve_moe_backend(run, fields, resolved, world_size), str(case))
+    arch = Architecture(**MODELS[case.model])
+    raise_problems(problems or resolve_moe_backend(run, arch, resolved, world_size), str(case))
     return run, resolved
 
 

@@ -209,7 +209,7 @@ class Trainer:
         run = self.config
         self.watch.at("building the model")
         # Again for a preset, which the command line has settled; what init_from names is known only here.
-        problems = resolve_moe_backend(run, config.fields(), deepspeed_config, distributed.world_size())
+        problems = resolve_moe_backend(run, config.architecture, deepspeed_config, distributed.world_size())
         raise_problems(problems, f"on {distributed.world_size()} rank(s)")
         distributed.on_rank_zero(
             lambda: run_folder.write_settings(
@@ -230,7 +230,7 @@ class Trainer:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(deepspeed_config), torch.float32)
         peak, origin = peak_flops(dtype)
         say(f"peak for MFU: {peak / 1e12:.3g} TFLOP/s ({origin}), {distributed.world_size()} rank(s)")
-        self.meter = Meter(flops_per_token(config.fields(), run.data.seq_len), peak, self.max_steps)
+        self.meter = Meter(flops_per_token(config.architecture, run.data.seq_len), peak, self.max_steps)
         self.state = self.warm_up_and_restore(exact)
         rows = run.train.train_micro_batch_size_per_gpu * run.data.seq_len
         work = product_seconds(rows, config.hidden_size, config.intermediate_size, dtype)

@@ -262,7 +262,7 @@ def model_fields(row: Row, args: argparse.Namespace) -> dict[str, object]:
 
 def configuration(row: Row, args: argparse.Namespace, precision: str):
     """The trainer's configuration of a row, and DeepSpeed's: the shipped JSON, in the precision that was asked for."""
-    from minillm.models import MiniLLMConfig
+    from minillm.settings.architecture import Architecture
     from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
     from minillm.settings.moe_backends import resolve_moe_backend
     from minillm.settings.run import RunConfig, raise_problems
@@ -282,7 +282,7 @@ def configuration(row: Row, args: argparse.Namespace, precision: str):
     dropped |= {"bf16", "data_types"} if precision == "fp32" else set()
     values = {key: value for key, value in read_deepspeed_json(path).items() if key not in dropped}
     resolved, problems = resolve_deepspeed_config(values, run, args.ranks, str(path))
-    fields = {**MiniLLMConfig().fields(), **model_fields(row, args)}
+    fields = Architecture(**model_fields(row, args))
     raise_problems(problems or resolve_moe_backend(run, fields, resolved, args.ranks), str(row))
     return run, resolved
 

@@ -23,7 +23,7 @@ from minillm.models.attention import GroupedQueryAttention
 from minillm.models.mixers import build_masks
 from minillm.models.normalization import build_norm
 from minillm.models.positions import build_positions
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import PRESETS, preset
 
 ROW = "{:<28} {:>10} {:>14} {:>8} {:>12}"
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -157,7 +157,7 @@ def deltanet(place: Place) -> Pair:
 def gpt2(place: Place) -> Pair:
     from transformers.models.gpt2 import modeling_gpt2 as m
 
-    config = MiniLLMConfig(**PRESETS["gpt2-124m"] | {"attention_dropout": 0.0})
+    config = MiniLLMConfig(**preset("gpt2-124m", attention_dropout=0.0))
     other = m.GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, attn_implementation="sdpa")
     a, b = place.put(GroupedQueryAttention(config, 0)), place.put(m.GPT2Attention(other, layer_idx=0))
     parts = zip(b.c_attn.weight.split(config.hidden_size, 1), b.c_attn.bias.split(config.hidden_size))

@@ -102,13 +102,14 @@ def trainer_worker(args: argparse.Namespace) -> None:
     import torch
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from minillm.interop.convert import config_to_transformers
+    from minillm.interop.families import require_native_family
     from minillm.models import MiniLLMConfig
     from minillm.settings.presets import PRESETS
 
     ranks = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    config = config_to_transformers(MiniLLMConfig(**PRESETS[args.preset]))
+    ours = MiniLLMConfig(**PRESETS[args.preset])
+    config = require_native_family(ours).config_to_theirs(ours)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     tokens = torch.randint(0, config.vocab_size, (args.micro * ranks * args.steps, args.seq_len))

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationMixin
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import preset
 
 PROMPT, NEW = 64, 128
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fields = {**PRESETS["dense-171m"], **({"num_hidden_layers": 2, "vocab_size": 512} if tiny else {})}
+    fields = preset("dense-171m", **({"num_hidden_layers": 2, "vocab_size": 512} if tiny else {}))
     torch.manual_seed(0)
     model = MiniLLMForCausalLM(MiniLLMConfig(**fields)).to(device, torch.bfloat16).eval()
     new = 16 if tiny else NEW

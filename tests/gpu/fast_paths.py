@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM, attention, delta_rule, experts
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import PRESETS, preset
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
@@ -77,11 +77,8 @@ def check_experts(kind, count, chosen, hidden, size, idle, compiled) -> float:
 
 
 def check_preset(name) -> float:
-    fields = {**PRESETS[name], "num_hidden_layers": 4 if "next" in name else 2, "vocab_size": 512,
-              "embedding_dropout": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "router_noise": "none",
-              "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
-    for key in ("layer_types", "mlp_layer_types"):
-        fields[key] = fields[key][-fields["num_hidden_layers"] :] if fields.get(key) else None
+    small = {"num_hidden_layers": 4 if "next" in name else 2, "vocab_size": 512, "router_noise": "none"}
+    fields = preset(name, **small, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0)
     exact = MiniLLMForCausalLM(MiniLLMConfig(**fields)).train(fields["router_type"] != "noisy_topk").bfloat16()
     low = MiniLLMForCausalLM(MiniLLMConfig(**fields)).train(exact.training).bfloat16()
     low.load_state_dict(exact.state_dict())

@@ -26,8 +26,9 @@ import torch
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.planning.step import Setup, memory
 from minillm.settings.accounting import flops_per_token
+from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import preset
 from minillm.settings.run import RunConfig
 from minillm.training.engine import build_engine, process_group, run_step
 from minillm.training.metrics import peak_flops
@@ -73,10 +74,10 @@ ROWS = {
 }  # fmt: skip
 
 
-def batches(fields: dict, row: Row, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def batches(arch: Architecture, row: Row, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """`micro_steps` times the same packed rows."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, fields["vocab_size"], (row.micro, row.length), generator=generator)
+    ids = torch.randint(0, arch.vocab_size, (row.micro, row.length), generator=generator)
     documents = (torch.rand(ids.shape, generator=generator) < 1 / 170).long().cumsum(1)
     begins = torch.cat((torch.ones(row.micro, 1, dtype=torch.bool), documents[:, 1:] != documents[:, :-1]), 1)
     place = torch.arange(row.length).expand(row.micro, -1)
@@ -89,20 +90,13 @@ def batches(fields: dict, row: Row, device: torch.device) -> list[dict[str, torc
     return [{name: tensor.to(device) for name, tensor in one.items()} for _ in range(row.micro_steps)]
 
 
-def tiny(fields: dict, row: Row) -> tuple[dict, Row]:
-    """Two layers (the last of each kind), a small vocabulary and micro-batch."""
-    fields = {**fields, "num_hidden_layers": 2, "vocab_size": 512}
-    for name in ("layer_types", "mlp_layer_types"):
-        fields[name] = (fields[name] or [])[-2:] or None
-    return fields, Row(**{**vars(row), "micro": 2, "length": 64, "fields": {}})
-
-
 def measure(name: str, steps: int, small: bool, profile: Path | None) -> dict[str, object]:
     """What came out, in the form of the file's header."""
     row = ROWS[name]
-    fields = {**PRESETS[row.preset], **row.fields}
+    smaller = {"num_hidden_layers": 2, "vocab_size": 512} if small else {}
+    arch = preset(row.preset, **row.fields, **smaller)
     if small:
-        fields, row = tiny(fields, row)
+        row = Row(**{**vars(row), "micro": 2, "length": 64, "fields": {}})
     batch, gpu = row.micro * row.micro_steps, torch.cuda.is_available()
     run = RunConfig.model_validate({"train": {
         "max_steps": 1, "train_batch_size": batch, "train_micro_batch_size_per_gpu": row.micro,
@@ -113,9 +107,9 @@ def measure(name: str, steps: int, small: bool, profile: Path | None) -> dict[st
     values, problems = resolve_deepspeed_config(read_deepspeed_json(path), run, 1, path.name)
     assert not problems, problems
     with torch.device("cuda" if gpu else "cpu"):
-        model = MiniLLMForCausalLM(MiniLLMConfig(**fields))
+        model = MiniLLMForCausalLM(MiniLLMConfig(**arch))
     engine = build_engine(model, run, values)
-    data, tokens, times = batches(fields, row, engine.device), batch * row.length, []
+    data, tokens, times = batches(arch, row, engine.device), batch * row.length, []
     for step in range(WARM + steps):
         if step == WARM and gpu:
             torch.cuda.synchronize()
@@ -126,8 +120,8 @@ def measure(name: str, steps: int, small: bool, profile: Path | None) -> dict[st
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     took = statistics.median(times[WARM:])
-    mfu = flops_per_token(fields, row.length) * tokens / took / peak_flops(torch.bfloat16)[0]
-    setup = Setup(fields, values, 1, "torch", 1, batch, row.length, row.micro, row.checkpointing)
+    mfu = flops_per_token(arch, row.length) * tokens / took / peak_flops(torch.bfloat16)[0]
+    setup = Setup(arch, values, 1, "torch", 1, batch, row.length, row.micro, row.checkpointing)
     found = {
         "name": name, "preset": row.preset, "ds_config": row.json_file, "micro": row.micro,
         "micro_steps": row.micro_steps, "length": row.length, "compile": row.compile,

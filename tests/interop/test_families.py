@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from minillm.interop import from_transformers, native_family, to_transformers
-from minillm.interop.convert import config_from_transformers, config_to_transformers
 from minillm.interop.families import FAMILIES
 from minillm.interop.family import TRAINING_ONLY
 from minillm.models import MiniLLMConfig
@@ -114,7 +113,7 @@ def test_no_native_class_names_the_nearest_and_what_it_lacks():
         to_transformers(toy_model("char-tiny", position_embedding_type="sinusoidal"))
     scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
     with pytest.raises(UserError, match="dynamic stretches from original_max_position_embeddings 32"):
-        config_to_transformers(MiniLLMConfig(**toy_fields("llama3-mini", rope_scaling=scaling)))
+        FAMILIES["llama"].config_to_theirs(MiniLLMConfig(**toy_fields("llama3-mini", rope_scaling=scaling)))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_options_we_lack_are_refused(case, changes, named):
 def test_other_spellings_of_rope_scaling():
     config = make_native("llama-yarn").config
     config.rope_parameters = {"type": "yarn", **YARN, "mscale_all_dim": 0, "factor": None, "attention_factor": None}
-    scaling = config_from_transformers(config).rope_scaling
+    scaling = FAMILIES[config.model_type].config_to_ours(config).rope_scaling
     assert scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
                        "mscale": 0.7}  # fmt: skip
 

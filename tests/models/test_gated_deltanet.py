@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from transformers import DynamicCache, Qwen3NextConfig
@@ -158,6 +160,22 @@ def test_what_the_chunks_keep_for_backward():
 # The mixer -----------------------------------------------------------------------------------------------------------
 
 
+def mixer_from_transformers(theirs: Mapping[str, torch.Tensor], fields: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The state of a Qwen3NextGatedDeltaNet, names without prefix, as the state of a GatedDeltaNet."""
+    ours = {our_name: theirs[their_name] for our_name, their_name in deltanet_layout.SAME_TENSORS.items()}
+    ours["qkv_proj.weight"], ours["z_proj.weight"] = deltanet_layout.split_qkvz(theirs["in_proj_qkvz.weight"], fields)
+    ours["b_proj.weight"], ours["a_proj.weight"] = deltanet_layout.split_ba(theirs["in_proj_ba.weight"], fields)
+    return ours
+
+
+def mixer_to_transformers(ours: Mapping[str, torch.Tensor], fields: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The inverse of mixer_from_transformers."""
+    theirs = {their_name: ours[our_name] for our_name, their_name in deltanet_layout.SAME_TENSORS.items()}
+    theirs["in_proj_qkvz.weight"] = deltanet_layout.join_qkvz(ours["qkv_proj.weight"], ours["z_proj.weight"], fields)
+    theirs["in_proj_ba.weight"] = deltanet_layout.join_ba(ours["b_proj.weight"], ours["a_proj.weight"], fields)
+    return theirs
+
+
 def transformers_mixer(module: GatedDeltaNet) -> Qwen3NextGatedDeltaNet:
     """Theirs with our weights."""
     fields = toy_fields("qwen3-next-mini", **DENSE)
@@ -166,7 +184,7 @@ def transformers_mixer(module: GatedDeltaNet) -> Qwen3NextGatedDeltaNet:
         hidden_size=fields["hidden_size"], rms_norm_eps=fields["rms_norm_eps"], num_hidden_layers=4, **shared
     )
     theirs = Qwen3NextGatedDeltaNet(config, 0)
-    theirs.load_state_dict(deltanet_layout.mixer_to_transformers(module.state_dict(), fields))
+    theirs.load_state_dict(mixer_to_transformers(module.state_dict(), fields))
     return theirs
 
 
@@ -182,7 +200,7 @@ def test_mixer_equals_transformers(length):
     assert far(outputs[0], outputs[1]) < EXACT
     assert far(inputs[0].grad, inputs[1].grad) < EXACT
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    gradients = deltanet_layout.mixer_from_transformers(gradients, fields)
+    gradients = mixer_from_transformers(gradients, fields)
     for name, parameter in ours.named_parameters():
         if length > 1 or name != "A_log":  # one token has nothing to forget: both are 0
             assert far(parameter.grad, gradients[name]) < EXACT, name
@@ -191,7 +209,7 @@ def test_mixer_equals_transformers(length):
 def test_layouts_are_inverse_and_refuse_other_shapes():
     fields = toy_fields("qwen3-next-mini", **DENSE)
     state = mixer().state_dict()
-    back = deltanet_layout.mixer_from_transformers(deltanet_layout.mixer_to_transformers(state, fields), fields)
+    back = mixer_from_transformers(mixer_to_transformers(state, fields), fields)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     for call in (
         lambda: deltanet_layout.split_qkvz(torch.zeros(7, 3), fields),

@@ -10,32 +10,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.settings.accounting import cache_bytes, cache_bytes_per_token, flops_per_token, num_parameters
-from minillm.settings.presets import PRESETS
-from tests.support.toy_presets import toy_fields
+from minillm.settings.accounting import cache_bytes, flops_per_token, num_parameters
+from minillm.settings.architecture import Architecture
+from minillm.settings.presets import PRESETS, preset
+from tests.support.toy_presets import toy_architecture
 
 SMALL = {
-    **PRESETS["demo"],
-    "vocab_size": 70,
-    "hidden_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "head_dim": 8,
+    "vocab_size": 70, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 8,
     "intermediate_size": 56,
-}
-TOYS = {name: toy_fields(name) for name in PRESETS}
+}  # fmt: skip
+TOYS = {name: toy_architecture(name) for name in PRESETS}
 
 
-def build(fields: dict, device: str = "meta") -> MiniLLMForCausalLM:
+def build(arch: Architecture, device: str = "meta") -> MiniLLMForCausalLM:
     with torch.device(device):
-        return MiniLLMForCausalLM(MiniLLMConfig(**fields))
+        return MiniLLMForCausalLM(MiniLLMConfig(**arch))
 
 
 @pytest.mark.parametrize(
-    "fields", [*PRESETS.values(), *TOYS.values(), SMALL, {**SMALL, "tie_word_embeddings": False}]
+    "arch",
+    [*PRESETS.values(), *TOYS.values(), preset("demo", **SMALL), preset("demo", **SMALL, tie_word_embeddings=False)],
 )
-def test_predicted_parameters_are_the_built_ones(fields):
-    model, predicted = build(fields), num_parameters(fields)
+def test_predicted_parameters_are_the_built_ones(arch):
+    model, predicted = build(arch), num_parameters(arch)
     assert predicted["total"] == sum(p.numel() for p in model.parameters())
     embedding = {id(p): p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)}
     embedding |= {id(p): p.numel() for p in model.model.positions.parameters()}
@@ -47,7 +44,7 @@ def test_predicted_parameters_are_the_built_ones(fields):
     for layer in model.model.layers:
         if layer.is_sparse:
             experts = sum(p.numel() for p in layer.mlp.experts.parameters())
-            idle += experts * (fields["num_experts"] - fields["num_experts_per_tok"]) // fields["num_experts"]
+            idle += experts * (arch.num_experts - arch.num_experts_per_tok) // arch.num_experts
     assert predicted["active"] == predicted["total"] - ahead - idle
 
 
@@ -84,42 +81,40 @@ def norm_parameters(model: MiniLLMForCausalLM) -> int:
 )  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_those_of_the_products(name, tied):
-    fields, seq_len = {**TOYS[name], "tie_word_embeddings": tied}, 16
-    model = build(fields, "cpu")
+    arch, seq_len = toy_architecture(name, tie_word_embeddings=tied), 16
+    model = build(arch, "cpu")
     ids = torch.randint(0, 70, (1, seq_len))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, shift_labels=ids).loss.backward()
     # The counter sees the whole square of attention, the prediction its causal half (the causal band of a window).
-    square = 12 * fields["num_attention_heads"] * fields["head_dim"] * seq_len
-    window = min(fields["sliding_window"] or seq_len, seq_len)
+    square = 12 * arch.num_attention_heads * arch.head_dim * seq_len
+    window = min(arch.sliding_window or seq_len, seq_len)
     hidden_part = 1 - (window - window**2 / (2 * seq_len)) / seq_len
-    attention = fields["num_hidden_layers"] * square * hidden_part
+    attention = arch.num_hidden_layers * square * hidden_part
     found = counter.get_total_flops() // seq_len + 6 * norm_parameters(model) - attention
-    assert flops_per_token(fields, seq_len) == found
+    assert flops_per_token(arch, seq_len) == found
 
 
 @pytest.mark.parametrize("name", ["moe-876m", "qwen3-moe-mini", "mixtral-mini"])
 def test_flops_of_experts_are_those_of_a_dense_block_as_wide_as_the_active_ones(name):
     """A token's K experts of width H cost what a dense block of width K H costs, and the router its product."""
-    fields = TOYS[name]
-    wide = fields["num_experts_per_tok"] * fields["moe_intermediate_size"]
-    dense = {**fields, "mlp_layer_types": None, "intermediate_size": wide, "mlp_bias": False}
-    dense |= dict.fromkeys(("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
-    experts, hidden, top = fields["num_experts"], fields["hidden_size"], fields["num_experts_per_tok"]
-    routers = {"noisy_topk": 2 * (hidden * experts + experts)}.get(fields["router_type"], hidden * experts)
-    biases = top * (fields["moe_intermediate_size"] + hidden) if fields["mlp_bias"] else 0
-    extra = 6 * fields["num_hidden_layers"] * (routers + biases)
-    assert flops_per_token(fields, 16) == flops_per_token(dense, 16) + extra
+    arch = TOYS[name]
+    wide = arch.num_experts_per_tok * arch.moe_intermediate_size
+    dense = toy_architecture(name, mlp_layer_types=None, intermediate_size=wide, mlp_bias=False)
+    experts, hidden, top = arch.num_experts, arch.hidden_size, arch.num_experts_per_tok
+    routers = {"noisy_topk": 2 * (hidden * experts + experts)}.get(arch.router_type, hidden * experts)
+    biases = top * (arch.moe_intermediate_size + hidden) if arch.mlp_bias else 0
+    extra = 6 * arch.num_hidden_layers * (routers + biases)
+    assert flops_per_token(arch, 16) == flops_per_token(dense, 16) + extra
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_cache_bytes_are_those_of_a_filled_cache(name):
-    fields = TOYS[name]
-    model = build(fields, "cpu").eval().to(torch.bfloat16)
+    arch = TOYS[name]
+    model = build(arch, "cpu").eval().to(torch.bfloat16)
     for length in (1, 5, 20):
         cache = model(torch.ones(1, length, dtype=torch.long), use_cache=True).cache
-        assert cache_bytes(fields, length) == sum(held_bytes(layer) for layer in cache.layers), length
-    assert cache_bytes_per_token(fields) == cache_bytes(fields, 5) - cache_bytes(fields, 4)
+        assert cache_bytes(arch, length) == sum(held_bytes(layer) for layer in cache.layers), length
 
 
 def held_bytes(layer) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from minillm.models import MiniLLMConfig
-from minillm.settings.architecture import DEFAULTS, problems_of
-from minillm.settings.presets import PRESETS
+from minillm.settings.architecture import DEFAULTS, Architecture, problems_of
+from minillm.settings.presets import PRESETS, preset
 
 
 def test_the_config_declares_the_architectures_fields():
@@ -24,7 +24,7 @@ def test_a_preset_names_exactly_the_fields_and_breaks_no_rule(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_config_keeps_every_value(name):
     config = MiniLLMConfig(**PRESETS[name])
-    for field, value in PRESETS[name].items():
+    for field, value in dict(PRESETS[name]).items():
         if value is not None:
             assert getattr(config, field) == value
     assert len(config.layer_types) == len(config.mlp_layer_types) == config.num_hidden_layers
@@ -43,14 +43,15 @@ def test_the_config_keeps_every_value(name):
     ],
 )
 def test_expert_mechanisms_that_do_not_go_together_are_refused(name, changes, broken):
-    (problem,) = problems_of({**PRESETS[name], **changes})
+    (problem,) = problems_of(preset(name, **changes))
     assert problem.startswith(broken)
 
 
 def test_every_field_differs_from_its_default_in_some_preset_or_is_an_option():
     """A field no preset uses is a mechanism nobody asked for."""
     options = {"rope_scaling", "mtp_loss_coef", "position_embedding_type"}
-    used = {name for preset in PRESETS.values() for name in DEFAULTS if preset[name] != DEFAULTS[name]}
+    usual = Architecture()
+    used = {name for arch in PRESETS.values() for name in DEFAULTS if arch[name] != usual[name]}
     assert set(DEFAULTS) - used <= options
 
 

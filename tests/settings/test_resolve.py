@@ -9,7 +9,7 @@ import pytest
 
 from minillm.planning.micro_batch import fill_gpu
 from minillm.planning.step import Setup, memory
-from minillm.settings.resolve import model_fields, resolve_run
+from minillm.settings.resolve import architecture_of, resolve_run
 from tests.support.launching import ROOT
 
 GIB = 2**30
@@ -32,7 +32,7 @@ def micro_batch(*arguments) -> int:
 @pytest.mark.parametrize("gib", [2, 3, 6])
 def test_the_micro_batch_fills_nine_tenths_of_a_gpu_by_plan(gib):
     run, values = resolved("dense-26m", "zero1", gib, 1, "train.train_batch_size=256")
-    setup = Setup.of(run, model_fields(run)[0], values, 1)
+    setup = Setup.of(run, architecture_of(run)[0], values, 1)
     assert memory(setup).total <= 0.9 * gib * GIB < memory(replace(setup, micro=2 * setup.micro)).total
     assert setup.micro * values["gradient_accumulation_steps"] == 256
     assert values["train_micro_batch_size_per_gpu"] == setup.micro and values["train_batch_size"] == 256

@@ -14,7 +14,7 @@ import yaml
 
 from minillm.data.tokenizer import train_bpe_tokenizer
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import preset
 from minillm.utils.files import write_manifest
 
 TEXTS = (
@@ -44,7 +44,7 @@ def tiny_model(context: int = 128, seed: int = 0) -> MiniLLMForCausalLM:
         "max_position_embeddings": context,
         "initializer_range": 0.3,
     }
-    model = MiniLLMForCausalLM(MiniLLMConfig(**{**PRESETS["demo"], **shape})).eval()
+    model = MiniLLMForCausalLM(MiniLLMConfig(**preset("demo", **shape))).eval()
     ends = tiny_tokenizer().convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     with torch.no_grad():
         model.get_output_embeddings().weight[ends] = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.settings.presets import PRESETS
+from minillm.settings.architecture import Architecture
+from minillm.settings.presets import PRESETS, preset
 
 _SHRUNK = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 8,
@@ -18,22 +19,25 @@ _SHRUNK = {
 _NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "embedding_dropout": 0.0}
 
 
-def toy_fields(preset: str, **changes: object) -> dict[str, object]:
-    """The preset's fields, shrunk; without dropout, and wide initialisation so that attention is far from uniform."""
-    fields = dict(PRESETS[preset])
-    fields |= {k: v for k, v in _SHRUNK.items() if fields[k] not in (None, 0) or k.endswith("_id")} | _NO_DROPOUT
-    groups = fields["num_attention_heads"] // fields["num_key_value_heads"]
-    fields["num_attention_heads"] = 6 if groups in (1, 2, 3, 6) else 8
-    fields["num_key_value_heads"] = fields["num_attention_heads"] // groups
-    if fields["partial_rotary_factor"] < 1:
-        fields["head_dim"] = 16
-    if fields["layer_types"]:
-        fields["layer_types"] = fields["layer_types"][:4]
-    if fields["mlp_layer_types"]:
-        fields["mlp_layer_types"] = fields["mlp_layer_types"][-4:]
-        if PRESETS[preset]["mlp_layer_types"][0] == "dense":
-            fields["mlp_layer_types"] = ["dense", *fields["mlp_layer_types"][1:]]
-    return fields | changes
+def toy_architecture(name: str, **changes: object) -> Architecture:
+    """The preset, shrunk; without dropout, and wide initialisation so that attention is far from uniform."""
+    arch = PRESETS[name]
+    shrunk = {k: v for k, v in _SHRUNK.items() if arch[k] not in (None, 0) or k.endswith("_id")} | _NO_DROPOUT
+    groups = arch.num_attention_heads // arch.num_key_value_heads
+    heads = 6 if groups in (1, 2, 3, 6) else 8
+    shrunk |= {"num_attention_heads": heads, "num_key_value_heads": heads // groups}
+    if arch.attention_type == "mla":
+        del shrunk["head_dim"]  # it follows from its two parts
+    elif arch.partial_rotary_factor < 1:
+        shrunk["head_dim"] = 16
+    if arch.mlp_layer_types[0] == "dense" and arch.mlp_layer_types[1:3] == ["dense", "dense"] and arch.num_experts:
+        shrunk["mlp_layer_types"] = {"first": ["dense"], "repeat": ["sparse"]}  # of four layers, three with experts
+    return preset(name, **{**shrunk, **changes})
+
+
+def toy_fields(name: str, **changes: object) -> dict[str, object]:
+    """The same as the fields of a MiniLLMConfig."""
+    return dict(toy_architecture(name, **changes))
 
 
 def toy_model(preset: str, **changes: object) -> MiniLLMForCausalLM:

@@ -18,7 +18,7 @@ from minillm.data.loader import BatchLoader
 from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import open_sources
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.settings.presets import PRESETS
+from minillm.settings.presets import preset
 from minillm.settings.run import OptimSection
 from tests.support.in_process import train
 from tests.support.launching import ROOT, losses, run
@@ -65,7 +65,7 @@ def plain_torch(settings: dict, num_steps: int = STEPS, make_optimizer=adamw) ->
     loader = BatchLoader(stream, train_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1)
     fields = {key.removeprefix("model."): value for key, value in settings.items() if key.startswith("model.")}
     torch.manual_seed(42)
-    model = MiniLLMForCausalLM(MiniLLMConfig(**{**PRESETS["demo"], **fields})).train()
+    model = MiniLLMForCausalLM(MiniLLMConfig(**preset("demo", **fields))).train()
     optimizer = make_optimizer(model)
     found = []
     for step in range(num_steps):
