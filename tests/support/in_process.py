@@ -1,43 +1,55 @@
-"""A whole run inside the test's process (one rank): the same `train_in_group` the launch scripts end in."""
+"""A whole run inside this process: the same `train_in_group` the launch scripts end in.
+
+In a test that is one rank, in tests/support/worker.py each of several.
+"""
 
 from __future__ import annotations
 
 from minillm.settings.deepspeed_json import resolve_deepspeed_config
-from minillm.settings.run import load_run_config, raise_problems
-from minillm.training.build import open_data
+from minillm.settings.run import RunConfig, load_run_config, raise_problems
+from minillm.training.build import open_data, resolve_model_config
 from minillm.training.loop import Trainer, train_in_group
 from minillm.training.signals import StopRequest
 from minillm.training.watch import Watch
+from minillm.utils import distributed
 from tests.support.launching import ROOT, words
 
 FP32_ZERO2 = {"zero_optimization": {"stage": 2}}
 
 
-def load(settings: dict, stage: str = "pretrain"):
+def load(settings: dict, stage: str = "pretrain") -> RunConfig:
     config = {"pretrain": "demo", "sft": "sft-demo"}[stage]
     run, problems = load_run_config(config, words(settings), stage=stage, configs_dir=ROOT / "launch" / "configs")
     raise_problems(problems, "of the test")
     return run
 
 
-def train(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> int:
-    run = load(settings, stage)
-    resolved, problems = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
+def resolve(run: RunConfig, deepspeed: dict | None) -> dict:
+    """DeepSpeed's configuration for as many ranks as the process group has."""
+    values = deepspeed or FP32_ZERO2
+    resolved, problems = resolve_deepspeed_config(values, run, distributed.world_size(), "the test's JSON")
     raise_problems(problems, "of the test")
-    stop = StopRequest(launched=False)
+    return resolved
+
+
+def train(
+    settings: dict, deepspeed: dict | None = None, stage: str = "pretrain", stop: StopRequest | None = None
+) -> int:
+    """Train to the end; the exit code. A StopRequest of the caller stays in place afterwards."""
+    run = load(settings, stage)
+    resolved = resolve(run, deepspeed)
+    own = stop or StopRequest(launched=False)
     try:
-        return train_in_group(run, resolved, open_data(run), stop)
+        return train_in_group(run, resolved, open_data(run), own)
     finally:
-        stop.restore()
+        if stop is None:
+            own.restore()
 
 
 def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
     """A trainer at the start of its loop."""
-    from minillm.training.build import resolve_model_config
-
     run = load(settings)
     data = open_data(run)
     trainer = Trainer(run, data, Watch(run.faults.timeout))
-    resolved, _ = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
-    trainer.build(resolved, resolve_model_config(run, data))
+    trainer.build(resolve(run, deepspeed), resolve_model_config(run, data))
     return trainer
