@@ -1,6 +1,6 @@
 """A whole run inside this process: the same `train_in_group` the launch scripts end in.
 
-In a test that is one rank, in tests/support/worker.py each of several.
+In a test that is one rank; tests/support/ranks.py does it in each of several.
 """
 
 from __future__ import annotations
@@ -32,18 +32,15 @@ def resolve(run: RunConfig, deepspeed: dict | None) -> dict:
     return resolved
 
 
-def train(
-    settings: dict, deepspeed: dict | None = None, stage: str = "pretrain", stop: StopRequest | None = None
-) -> int:
-    """Train to the end; the exit code. A StopRequest of the caller stays in place afterwards."""
+def train(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> int:
+    """Train to the end; the exit code."""
     run = load(settings, stage)
     resolved = resolve(run, deepspeed)
-    own = stop or StopRequest(launched=False)
+    stop = StopRequest(launched=distributed.world_size() > 1)
     try:
-        return train_in_group(run, resolved, open_data(run), own)
+        return train_in_group(run, resolved, open_data(run), stop)
     finally:
-        if stop is None:
-            own.restore()
+        stop.restore()
 
 
 def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
