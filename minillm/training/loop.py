@@ -21,19 +21,19 @@ from minillm.data.tokenizer import token_byte_lengths
 from minillm.models import MiniLLMConfig
 from minillm.settings.accounting import flops_per_token
 from minillm.settings.deepspeed_json import precision
-from minillm.settings.moe_backends import resolve_moe_backend
+from minillm.settings.resolve import Resolved
 from minillm.settings.resume import check_resumable
-from minillm.settings.run import RunConfig, dump_run_config, raise_problems
+from minillm.settings.run import RunConfig, dump_run_config
 from minillm.training import checkpoint
 from minillm.training.build import (
     Data,
     build_loader,
     build_model,
+    build_model_config,
     build_validation_loaders,
     copy_parameters,
     load_initial_weights,
     open_data,
-    resolve_model_config,
 )
 from minillm.training.engine import (
     NonFiniteError,
@@ -69,8 +69,8 @@ from minillm.utils.logging import say, warn
 from minillm.utils.seeding import capture_rng, restore_rng
 
 
-def train(run: RunConfig, deepspeed_config: dict) -> int:
-    """Train `run` to its last step, or until a signal asks to stop.
+def train(resolved: Resolved) -> int:
+    """Train a run to its last step, or until a signal asks to stop.
 
     Data is opened (compiled, downloaded) before the process group exists, so that no collective waits for it.
 
@@ -80,12 +80,12 @@ def train(run: RunConfig, deepspeed_config: dict) -> int:
     Raises:
         UserError: before data is opened, a precision or a number of ranks that the devices are not made for.
     """
-    check_precision(precision(deepspeed_config), distributed.check_device())
+    check_precision(precision(resolved.deepspeed), distributed.check_device())
     stop = StopRequest(launched="RANK" in os.environ)
     try:
-        data = open_data(run)
+        data = open_data(resolved)
         with process_group():
-            return train_in_group(run, deepspeed_config, data, stop)
+            return train_in_group(resolved, data, stop)
     finally:
         stop.restore()
 
@@ -108,8 +108,9 @@ def check_precision(name: str, device: torch.device) -> None:
             )
 
 
-def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: StopRequest) -> int:
+def train_in_group(resolved: Resolved, data: Data, stop: StopRequest) -> int:
     """`train` where the ranks are already connected."""
+    run = resolved.run
     bases = distributed.gather_objects(str(data.base))
     if len(set(bases)) > 1:
         raise UserError(f"model.init_from = {run.model.init_from}: the ranks see different folders, {bases}; name one")
@@ -119,7 +120,7 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
             f"train.train_micro_batch_size_per_gpu = auto: the ranks' GPUs hold different numbers of sequences, "
             f"{micro_batches}; set it to {min(micro_batches)}"
         )
-    config = resolve_model_config(run, data)
+    config = build_model_config(resolved, data)
     with (
         deterministic_kernels(run.train.deterministic),
         contextlib.ExitStack() as held,
@@ -131,7 +132,7 @@ def train_in_group(run: RunConfig, deepspeed_config: dict, data: Data, stop: Sto
             if trainer.is_complete():
                 return 0
             try:
-                trainer.build(deepspeed_config, config)
+                trainer.build(resolved.deepspeed, config)
                 code = trainer.run_to_end(stop)
             except RollBack:
                 trainer.close(0)
@@ -208,9 +209,6 @@ class Trainer:
         """Everything that takes memory, after everything that can be refused."""
         run = self.config
         self.watch.at("building the model")
-        # Again for a preset, which the command line has settled; what init_from names is known only here.
-        problems = resolve_moe_backend(run, config.architecture, deepspeed_config, distributed.world_size())
-        raise_problems(problems, f"on {distributed.world_size()} rank(s)")
         distributed.on_rank_zero(
             lambda: run_folder.write_settings(
                 run.run_dir, dump_run_config(run), deepspeed_config, config.to_diff_dict(), distributed.world_size()

@@ -20,7 +20,7 @@ from minillm.training import loop
 from minillm.training.engine import NonFiniteError
 from minillm.training.recovery import SkippedBatches, spike_threshold
 from minillm.utils.errors import UserError
-from tests.support.in_process import built_trainer, load, train
+from tests.support.in_process import built_trainer, resolved, train
 from tests.support.launching import checkpoint, losses, metrics, same_bits
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -172,7 +172,7 @@ def test_an_epoch_stays_as_long_where_batches_are_left_out(settings, tmp_path):
 def test_the_documents_of_a_batch_are_those_whose_tokens_it_holds(settings):
     from minillm.training.build import open_data
 
-    sources = open_data(load(settings)).train
+    sources = open_data(resolved(settings)).train
     for packing in ("concat", "none"):
         stream = build_stream(sources, seq_len=64, packing=packing, seed=42)
         loader = BatchLoader(stream, train_batch_size=8, micro_batch_size=8, rank=0, world_size=1)
