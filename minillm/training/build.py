@@ -36,13 +36,18 @@ class Data:
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What has to be the same for a resumed run to see the same batches."""
-        digest = hashlib.sha256(json.dumps([[shard.sha256 for shard in s.shards] for s in self.train]).encode())
+        """What has to be the same for a resumed run to see the same batches and to measure with the same texts."""
         return {
             "tokenizer": fingerprint(self.tokenizer),
             "train": [[s.name, s.weight, s.num_tokens, s.num_documents] for s in self.train],
-            "sha256": digest.hexdigest()[:16],
+            "sha256": _digest(self.train),
+            "validation": _digest(self.validation),
         }
+
+
+def _digest(sources: list[TokenSource]) -> str:
+    digest = hashlib.sha256(json.dumps([[shard.sha256 for shard in s.shards] for s in sources]).encode())
+    return digest.hexdigest()[:16]
 
 
 def open_data(resolved: Resolved) -> Data:
@@ -115,13 +120,21 @@ def build_validation_loaders(run: RunConfig, sources: list[TokenSource]) -> dict
     return loaders
 
 
-def load_initial_weights(model: MiniLLMForCausalLM, folder: Path) -> None:
-    """Weights of a checkpoint, an exported folder, or a Hugging Face folder of a family interop knows."""
-    model.load_state_dict(load_as_minillm(folder).state_dict())
+def load_initial_weights(model: MiniLLMForCausalLM, folder: Path) -> dict[str, torch.Tensor]:
+    """Put the weights of a checkpoint, an exported folder, or a Hugging Face folder of a known family into `model`.
 
-
-def copy_parameters(model: MiniLLMForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    Returns:
+        The exact fp32 weights by parameter name. They are the model's own storage until an engine takes it over (it
+        rounds a low-precision copy), so that the model is never held twice.
+    """
+    loaded = load_as_minillm(folder).state_dict()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in loaded:
+                buffer.copy_(loaded[name])
+        for name, parameter in model.named_parameters():
+            parameter.data = loaded.pop(name)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def build_model_config(resolved: Resolved, data: Data) -> MiniLLMConfig:
@@ -164,4 +177,7 @@ def build_model(run: RunConfig, config: MiniLLMConfig) -> MiniLLMForCausalLM:
     total = sum(p.numel() for p in model.parameters())
     name = run.model.preset if run.model.init_from is None else f"that of {run.model.init_from}"
     say(f"model: {name}, {total:,} parameters, sequence length {run.data.seq_len}")
+    if "sparse" in config.mlp_layer_types:
+        own = config.num_experts // run.model.expert_parallel_size
+        say(f"experts: {run.model.moe_backend}, {own} of {config.num_experts} of each layer on a rank")
     return model
