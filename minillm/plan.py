@@ -40,15 +40,9 @@ from minillm.settings.accounting import num_parameters
 from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import precision, zero_stage
 from minillm.settings.presets import PRESETS, preset
+from minillm.settings.reading import load_run_config
 from minillm.settings.resolve import choose_model
-from minillm.settings.run import (
-    AUTO_MICRO_BATCH,
-    RunConfig,
-    load_run_config,
-    model_overrides,
-    raise_problems,
-    resolve_accumulation,
-)
+from minillm.settings.run import AUTO_MICRO_BATCH, RunConfig, model_overrides, raise_problems, resolve_accumulation
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.places import configs_dir, deepspeed_dir

@@ -21,7 +21,8 @@ from minillm.settings.architecture import DEFAULTS, Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.moe_backends import resolve_moe_backend
 from minillm.settings.presets import preset
-from minillm.settings.run import RunConfig, load_run_config, model_overrides, raise_problems
+from minillm.settings.reading import load_run_config
+from minillm.settings.run import RunConfig, model_overrides, raise_problems
 from minillm.utils.errors import UserError
 from minillm.utils.files import read_json
 

@@ -9,7 +9,7 @@ from minillm import describe
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.moe_backends import backend_problems, has_experts, resolve_moe_backend
 from minillm.settings.presets import PRESETS
-from minillm.settings.run import load_run_config
+from minillm.settings.reading import load_run_config
 from tests.support.launching import ROOT
 
 SPARSE = [name for name, fields in PRESETS.items() if has_experts(fields)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from minillm.settings.reading import load_run_config
 from minillm.settings.resolve import Resolved, resolve_run
-from minillm.settings.run import load_run_config, raise_problems
+from minillm.settings.run import raise_problems
 from minillm.training.build import build_model_config, open_data
 from minillm.training.loop import Trainer, train_in_group
 from minillm.training.signals import StopRequest
