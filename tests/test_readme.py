@@ -77,6 +77,10 @@ def test_paths_exist(page):
         assert (ROOT / "tests" / "benchmarks" / name).exists(), name
     for name in re.findall(r"python -m ((?:minillm|data_tools|tests)\.[\w.]+\w)", text):
         assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), name
+    for name in re.findall(r"--config ([a-z][\w\-]*)(?![\w.\-])", text):
+        assert (ROOT / "launch" / "configs" / f"{name}.yaml").exists(), name
+    for name in re.findall(r"model\.preset=([a-z][\w\-]*)", text):
+        assert name in PRESETS, name
 
 
 @each_page
