@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from minillm.settings.deepspeed_json import resolve_deepspeed_config
+from minillm.settings.resolve import Resolved, resolve_run
 from minillm.settings.run import load_run_config, raise_problems
-from minillm.training.build import open_data
+from minillm.training.build import build_model_config, open_data
 from minillm.training.loop import Trainer, train_in_group
 from minillm.training.signals import StopRequest
 from minillm.training.watch import Watch
@@ -20,24 +20,23 @@ def load(settings: dict, stage: str = "pretrain"):
     return run
 
 
+def resolved(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain", ranks: int = 1) -> Resolved:
+    run, where = load(settings, stage), "of the test"
+    return resolve_run(run, deepspeed or FP32_ZERO2, ranks, json_name="the test's JSON", where=where)
+
+
 def train(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> int:
-    run = load(settings, stage)
-    resolved, problems = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
-    raise_problems(problems, "of the test")
-    stop = StopRequest(launched=False)
+    start, stop = resolved(settings, deepspeed, stage), StopRequest(launched=False)
     try:
-        return train_in_group(run, resolved, open_data(run), stop)
+        return train_in_group(start, open_data(start), stop)
     finally:
         stop.restore()
 
 
-def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
+def built_trainer(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> Trainer:
     """A trainer at the start of its loop."""
-    from minillm.training.build import resolve_model_config
-
-    run = load(settings)
-    data = open_data(run)
-    trainer = Trainer(run, data, Watch(run.faults.timeout))
-    resolved, _ = resolve_deepspeed_config(deepspeed or FP32_ZERO2, run, 1, "the test's JSON")
-    trainer.build(resolved, resolve_model_config(run, data))
+    start = resolved(settings, deepspeed, stage)
+    data = open_data(start)
+    trainer = Trainer(start.run, data, Watch(start.run.faults.timeout))
+    trainer.build(start.deepspeed, build_model_config(start, data))
     return trainer

@@ -12,14 +12,12 @@ import json
 import sys
 from pathlib import Path
 
-from minillm.settings.deepspeed_json import resolve_deepspeed_config
-from minillm.settings.run import load_run_config, raise_problems
 from minillm.training.build import open_data
 from minillm.training.engine import process_group
 from minillm.training.loop import train_in_group
 from minillm.training.signals import StopRequest
 from minillm.utils import distributed
-from tests.support.launching import ROOT, words
+from tests.support.in_process import resolved
 
 
 def main() -> None:
@@ -28,12 +26,8 @@ def main() -> None:
     with process_group():
         for case in cases:
             stage = case.get("stage", "pretrain")
-            config = "demo" if stage == "pretrain" else "sft-demo"
-            settings = words(case["settings"])
-            run, problems = load_run_config(config, settings, stage=stage, configs_dir=ROOT / "launch" / "configs")
-            resolved, more = resolve_deepspeed_config(case["deepspeed"], run, distributed.world_size(), "the case")
-            raise_problems(problems + more, "of the case")
-            code = train_in_group(run, resolved, open_data(run), stop)
+            start = resolved(case["settings"], case["deepspeed"], stage, distributed.world_size())
+            code = train_in_group(start, open_data(start), stop)
             assert code == 0, code
 
 
