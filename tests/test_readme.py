@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from minillm import plan
 from minillm.settings.accounting import cache_bytes, flops_per_token, num_parameters
 from minillm.settings.presets import PRESETS
 from tests.support.launching import ROOT, TIMEOUT, environment
@@ -122,6 +123,18 @@ def test_the_table_of_architectures_is_the_codes():
         millions = [f"{counts[key] / 1e6:.1f}" for key in ("total", "active")]
         operations = f"{flops_per_token(fields, length) / 1e9:.2f}"
         assert numbers == [*millions, operations, f"{cache_bytes(fields, length) // length:,}"], name
+
+
+def test_the_plans_are_those_of_the_command(capsys):
+    """Each block of the planning page is a part of what its first line prints, in the same order."""
+    shown = [block for block in blocks(ROOT / "minillm" / "planning" / "README.md", "") if block.startswith("$ ")]
+    assert len(shown) == 3
+    for block in shown:
+        command, *lines = block.splitlines()
+        assert plan.main(command.removeprefix("$ python -m minillm.plan ").split()) == 0
+        printed = iter(capsys.readouterr().out.splitlines())
+        for line in lines:
+            assert any(line == other.rstrip() for other in printed), f"{command}\n{line}"
 
 
 def run_block(block: str, folder: Path, **variables: str) -> str:
