@@ -42,7 +42,7 @@ from minillm.training.zero_state import read_full_state
 from minillm.utils import distributed
 
 # fp32: rounding alone, of sums in another order. bf16: eight roundings of 2^-8, since both sides round, the engine also
-# what it sends and, at ZeRO-1, adds up; README, "Gradients equal plain torch's", has what was measured.
+# what it sends and, at ZeRO-1, adds up; minillm/training/README.md has what was measured.
 TOLERANCE = {"fp32": 1e-5, "bf16": 8 * 2**-8}
 ROWS, LENGTH = 2, 24  # of one micro-batch
 LEARNING_RATE, CLIPPING = 0.1, 0.05
