@@ -40,6 +40,8 @@ setup(
     description="Train small language models with DeepSpeed, from raw text to a chat",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=[*find_packages(include=["minillm", "minillm.*", "data_tools", "data_tools.*"]), *CARRIED],
     package_dir=CARRIED,
     package_data={

@@ -28,7 +28,7 @@ from minillm.planning.micro_batch import fill_gpu  # noqa: E402
 from minillm.planning.states import Zero, parameter_groups, states  # noqa: E402
 from minillm.settings.accounting import flops_per_token, num_parameters  # noqa: E402
 from minillm.settings.deepspeed_json import precision, zero_stage  # noqa: E402
-from minillm.settings.resolve import architecture_of, check_places, resolve_run  # noqa: E402
+from minillm.settings.resolve import BUILTIN_ROOT, Resolved, check_places, resolve, uses_builtin_data  # noqa: E402
 from minillm.settings.run import RunConfig  # noqa: E402
 from minillm.utils import commands  # noqa: E402
 from minillm.utils.before_torch import prepare_environment  # noqa: E402
@@ -37,9 +37,6 @@ from minillm.utils.logging import is_main_process, say  # noqa: E402
 from minillm.utils.places import configs_dir  # noqa: E402
 
 prepare_environment()
-
-BUILTIN_ROOT = Path("data/python-docs")
-BUILTIN_SHARDS = {"pretrain": ("train", "validation"), "sft": ("instructions-train", "instructions-validation")}
 
 
 def parse_arguments(description: str, default_config: str) -> argparse.Namespace:
@@ -70,25 +67,25 @@ def main(stage: str, description: str, default_config: str) -> int:
     arguments = parse_arguments(description, default_config)
     with exit_on_user_error():
         check_environment(TRAINING)
-        run, deepspeed_config = resolve(arguments, stage)
+        resolved = resolve_start(arguments, stage)
         if arguments.dry_run:
-            print_plan(run, deepspeed_config, ranks(arguments))
+            print_plan(resolved)
             return 0
-        check_places(run, reads=not uses_builtin_data(run))
-        prepare_builtin_data(run)
-        say(f"batch: {describe_batch(run, deepspeed_config, ranks(arguments))}")
+        check_places(resolved.run, reads=not uses_builtin_data(resolved.run))
+        prepare_builtin_data(resolved.run)
+        say(f"batch: {describe_batch(resolved)}")
         from minillm.training.loop import train  # after the checks: torch and DeepSpeed take seconds to import
 
-        return train(run, deepspeed_config)
+        return train(resolved)
 
 
 def ranks(arguments: argparse.Namespace) -> int:
     return arguments.ranks or int(os.environ.get("WORLD_SIZE", 1))
 
 
-def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]:
-    """Both configurations, checked against each other."""
-    run, deepspeed_config = resolve_run(
+def resolve_start(arguments: argparse.Namespace, stage: str) -> Resolved:
+    """What the words of a command line mean."""
+    return resolve(
         arguments.config,
         arguments.overrides,
         arguments.deepspeed,
@@ -97,17 +94,6 @@ def resolve(arguments: argparse.Namespace, stage: str) -> tuple[RunConfig, dict]
         configs_dir=configs_dir(),
         fill=lambda *settings: fill_gpu(*settings, smallest_gpu_memory()),
     )
-    if run.data.train is None:
-        train, validation = BUILTIN_SHARDS[stage]
-        run.data.train = str(BUILTIN_ROOT / "shards" / train)
-        run.data.validation = str(BUILTIN_ROOT / "shards" / validation)
-        if run.model.init_from is None:  # else the tokenizer of those weights
-            run.data.tokenizer = run.data.tokenizer or str(BUILTIN_ROOT / "tokenizer")
-    return run, deepspeed_config
-
-
-def uses_builtin_data(run: RunConfig) -> bool:
-    return isinstance(run.data.train, str) and Path(run.data.train).parent == BUILTIN_ROOT / "shards"
 
 
 def prepare_builtin_data(run: RunConfig) -> None:
@@ -120,41 +106,43 @@ def prepare_builtin_data(run: RunConfig) -> None:
     prepare_builtin(BUILTIN_ROOT)
 
 
-def print_plan(run: RunConfig, deepspeed_config: dict, world_size: int) -> None:
+def print_plan(resolved: Resolved) -> None:
     """What --dry-run shows."""
     if not is_main_process():
         return
-    stage = zero_stage(deepspeed_config)
+    run = resolved.run
     length = f"{run.train.max_steps} steps" if run.train.max_steps else f"{run.train.num_epochs:g} epochs"
     rows = {
         "run": f"{run.run_name} ({run.stage}) in {run.run_dir}, {length}",
-        **describe_model(run, deepspeed_config, world_size),
-        "batch": describe_batch(run, deepspeed_config, world_size),
-        "DeepSpeed": f"ZeRO-{stage}, {precision(deepspeed_config)}",
+        "model": resolved.model.name,
+        **describe_model(resolved),
+        "batch": describe_batch(resolved),
+        "DeepSpeed": f"ZeRO-{zero_stage(resolved.deepspeed)}, {precision(resolved.deepspeed)}",
         "data": f"{run.data.train} | {run.data.validation}",
     }
     for name, value in rows.items():
         print(f"{name:14s} {value}")
 
 
-def describe_batch(run: RunConfig, deepspeed_config: dict, world_size: int) -> str:
+def describe_batch(resolved: Resolved) -> str:
     """How a step's sequences are split, which says what an `auto` micro-batch became."""
+    train = resolved.run.train
     return (
-        f"{run.train.train_batch_size} sequences of {run.data.seq_len} = {run.train.train_micro_batch_size_per_gpu} x "
-        f"{deepspeed_config['gradient_accumulation_steps']} micro-steps x {world_size} rank(s)"
+        f"{train.train_batch_size} sequences of {resolved.run.data.seq_len} = {train.train_micro_batch_size_per_gpu} x "
+        f"{resolved.deepspeed['gradient_accumulation_steps']} micro-steps x {resolved.world_size} rank(s)"
     )
 
 
-def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> dict[str, str]:
-    """The rows about the model: the preset's, or those of the weights the run starts with, where they are there."""
-    arch, name = architecture_of(run)
+def describe_model(resolved: Resolved) -> dict[str, str]:
+    """The rows about the architecture, where it is known."""
+    run, arch = resolved.run, resolved.model.architecture
     if arch is None:
-        return {"model": name}
+        return {}
     counts = num_parameters(arch)
     active = f", {counts['active']:,} active" if counts["active"] < counts["total"] else ""
     size = run.model.expert_parallel_size
-    groups = parameter_groups(arch, run.model.moe_backend, size, world_size, run.optim.name)
-    kept = states(groups, Zero.of(deepspeed_config))
+    groups = parameter_groups(arch, run.model.moe_backend, size, resolved.world_size, run.optim.name)
+    kept = states(groups, Zero.of(resolved.deepspeed))
     memory = {"weights": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
     parts = ", ".join(f"{part} {held / 2**20:,.1f} MiB" for part, held in memory.items())
     parts += f"; {kept.host / 2**20:,.1f} MiB on the host" if kept.host else ""
@@ -163,7 +151,6 @@ def describe_model(run: RunConfig, deepspeed_config: dict, world_size: int) -> d
         own = arch.num_experts // size
         experts = {"experts": f"{run.model.moe_backend}: {own} of {arch.num_experts} a layer on each rank"}
     return {
-        "model": name,
         **experts,
         "parameters": f"{counts['total']:,}{active} ({counts['non_embedding']:,} without embeddings)",
         "FLOPs a token": f"{flops_per_token(arch, run.data.seq_len):,} (forward and backward, attention included)",

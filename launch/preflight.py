@@ -17,7 +17,6 @@ import sys
 import entry
 
 from minillm.settings.accounting import num_parameters
-from minillm.settings.resolve import architecture_of
 from minillm.settings.run import RunConfig
 from minillm.utils import commands
 from minillm.utils.errors import exit_on_user_error
@@ -53,7 +52,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):  # leave by an exception, so that folders and children are removed
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with exit_on_user_error():
-        planned = entry.resolve(arguments, arguments.stage) if arguments.config else None
+        planned = entry.resolve_start(arguments, arguments.stage) if arguments.config else None
         # after the checks: torch takes seconds to import
         from minillm.preflight.checks import Plan, preflight
         from minillm.preflight.ranks import Ranks
@@ -69,7 +68,9 @@ def main() -> int:
             return 0
         plan = None
         if planned is not None:
-            plan = Plan(*planned, num_parameters=count_parameters(planned[0]), try_run="preflight:prepare_and_try")
+            arch = planned.model.architecture
+            count = None if arch is None else num_parameters(arch)["total"]
+            plan = Plan(planned.run, planned.deepspeed, num_parameters=count, try_run="preflight:prepare_and_try")
         rows = preflight(ranks, plan, arguments.timeout, arguments.trial_timeout)
         ranks.dismiss()
         verdict = worst([row.verdict for row in rows])
@@ -78,12 +79,6 @@ def main() -> int:
         else:
             print(f"{format_table(rows)}\n\n{summary(rows)}", flush=True)
         return 1 if verdict == FAIL else 0
-
-
-def count_parameters(run: RunConfig) -> int | None:
-    """Of the planned model; None where only loading it would tell."""
-    arch, _ = architecture_of(run)
-    return None if arch is None else num_parameters(arch)["total"]
 
 
 def prepare_and_try(report, **arguments) -> dict[str, object]:

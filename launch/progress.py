@@ -12,7 +12,7 @@ from pathlib import Path
 from entry import parse_arguments
 
 from minillm.run_folder import newest_checkpoint
-from minillm.settings.run import load_run_config
+from minillm.settings.reading import load_run_config
 from minillm.utils.commands import split_launcher
 from minillm.utils.errors import exit_on_user_error
 from minillm.utils.places import configs_dir

@@ -24,8 +24,7 @@ import entry  # noqa: F401 (first: it finds minillm without `pip install`)
 
 from minillm.planning.devices import DEVICES
 from minillm.planning.step import MFU, Setup, speed
-from minillm.settings.resolve import architecture_of, resolve_run
-from minillm.settings.run import RunConfig
+from minillm.settings.resolve import Resolved, resolve
 from minillm.utils import commands
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.places import configs_dir, launch_dir
@@ -97,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def resolve_all(arguments: argparse.Namespace) -> list[tuple[RunConfig, dict]]:
+def resolve_all(arguments: argparse.Namespace) -> list[Resolved]:
     """Every run that is submitted, checked.
 
     Raises:
@@ -115,12 +114,12 @@ def resolve_all(arguments: argparse.Namespace) -> list[tuple[RunConfig, dict]]:
     for where, words in starts:
         try:
             resolved.append(
-                resolve_run(arguments.config, words, arguments.deepspeed, stage=arguments.stage,
-                            world_size=arguments.nodes * arguments.gpus, configs_dir=configs_dir())
+                resolve(arguments.config, words, arguments.deepspeed, stage=arguments.stage,
+                        world_size=arguments.nodes * arguments.gpus, configs_dir=configs_dir())
             )  # fmt: skip
         except UserError as error:
             problems.append(f"{where}{error}")
-    folders = [str(run.run_dir) for run, _ in resolved]
+    folders = [str(one.run.run_dir) for one in resolved]
     for folder in sorted({f for f in folders if folders.count(f) > 1}):
         problems.append(f"{arguments.sweep}: {folder} would be written by several runs; give each its own run_name")
     if problems:
@@ -145,21 +144,21 @@ def sweep_lines(path: Path) -> list[list[str]]:
         raise UserError(f"--sweep {path}: {error}; close the quotation") from error
 
 
-def planned_seconds(run: RunConfig, values: dict, arguments: argparse.Namespace) -> tuple[float, str]:
+def planned_seconds(resolved: Resolved, arguments: argparse.Namespace) -> tuple[float, str]:
     """Of the whole run, without margin, and how that was found.
 
     Raises:
         UserError: it cannot be told.
     """
+    run, arch = resolved.run, resolved.model.architecture
     per_step = run.train.train_batch_size * run.data.seq_len
     steps = arguments.tokens / per_step if arguments.tokens else run.train.max_steps
-    arch, name = architecture_of(run)
     if steps is None or arch is None:
         epochs = f"train.num_epochs = {run.train.num_epochs} of data that nobody has counted"
-        why = f"the model is {name}" if arch is None else epochs
+        why = f"the model is {resolved.model.name}" if arch is None else epochs
         fix = "--hours H" if arch is None else "--tokens N (of the whole run) or --hours H"
         raise UserError(f"the time limit cannot be planned: {why}; give {fix}")
-    setup = replace(Setup.of(run, arch, values, arguments.nodes * arguments.gpus), gpus_per_node=arguments.gpus)
+    setup = replace(Setup.of(run, arch, resolved.deepspeed, resolved.world_size), gpus_per_node=arguments.gpus)
     device = DEVICES[arguments.device]
     seconds = speed(setup, device, arguments.mfu).seconds
     return steps * seconds, f"{steps:,.0f} steps x {seconds:.3g} s on {setup.world_size} x {device.name} (planned)"
@@ -183,13 +182,13 @@ def build_job(arguments: argparse.Namespace) -> tuple[Job, str]:
     if arguments.hours:
         seconds, how = arguments.hours * 3600, "as given"
     else:
-        planned = [planned_seconds(run, values, arguments) for run, values in runs]
+        planned = [planned_seconds(resolved, arguments) for resolved in runs]
         seconds, how = max(planned, key=lambda found: found[0])
         seconds, how = MARGIN * seconds + STARTUP, f"{how}, x {MARGIN}, + {STARTUP // 60} min"
     if seconds > longest:
         seconds, how = longest, f"--max-hours; the run needs {seconds / 3600:,.1f} h and is requeued ({how})"
     name = "sweep" if arguments.sweep else "multinode" if arguments.nodes > 1 else arguments.stage
-    first = runs[0][0]
+    first = runs[0].run
     options = {"job-name": Path(arguments.config).stem if arguments.sweep else first.run_name}
     options |= {"array": f"1-{len(runs)}"} if arguments.sweep else {}
     options |= {"nodes": str(arguments.nodes), "gres": f"gpu:{arguments.gpus}",

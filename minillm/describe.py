@@ -21,6 +21,7 @@ from minillm.settings.presets import PRESETS, preset
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.logging import say
+from minillm.utils.yaml_values import as_number, load_yaml
 
 MIXER_NAMES = {"full_attention": "full attention", "sliding_attention": "sliding window",
                "linear_attention": "gated DeltaNet"}  # fmt: skip
@@ -58,7 +59,7 @@ def resolve(words: list[str]) -> dict[str, Architecture]:
             near = nearest(field, list(DEFAULTS)) or "; minillm/settings/architecture.py lists them"
             raise UserError(f"{field}={text}: it is not an architecture field{near}")
         try:
-            given[field] = coerce(field, yaml.safe_load(text))
+            given[field] = coerce(field, as_number(load_yaml(text)))
         except yaml.YAMLError as error:
             raise UserError(f"{field} = {text}: {error}") from error
     names = [word for word in words if "=" not in word] or list(PRESETS)

@@ -39,9 +39,10 @@ from minillm.planning.step import MFU, assumptions, cost, days, memory
 from minillm.settings.accounting import num_parameters
 from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import precision, zero_stage
-from minillm.settings.presets import PRESETS
-from minillm.settings.resolve import architecture_of
-from minillm.settings.run import AUTO_MICRO_BATCH, RunConfig, load_run_config, raise_problems, resolve_accumulation
+from minillm.settings.presets import PRESETS, preset
+from minillm.settings.reading import load_run_config
+from minillm.settings.resolve import choose_model
+from minillm.settings.run import AUTO_MICRO_BATCH, RunConfig, model_overrides, raise_problems, resolve_accumulation
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error, nearest
 from minillm.utils.places import configs_dir, deepspeed_dir
@@ -235,9 +236,10 @@ def describe(name: str, run: RunConfig, arch: Architecture, order: Order) -> lis
 
 def named_fields(run: RunConfig, config: str) -> tuple[str, Architecture]:
     """The architecture, and the name of its preset; the config's where that changes the preset."""
-    arch, name = architecture_of(run)
-    if arch is None:  # the weights are not there yet: the shape the config names
-        arch, name = architecture_of(run.model_copy(update={"model": run.model.model_copy(update={"init_from": None})}))
+    model = choose_model(run)
+    # Where the weights are not there yet, the shape that the config names.
+    arch = model.architecture or preset(run.model.preset, **model_overrides(run))
+    name = run.model.preset if model.architecture is None else model.name
     changed = name in PRESETS and arch != PRESETS[name]
     return (Path(config).stem if changed else name), arch
 

@@ -164,5 +164,6 @@ def test_nothing_is_unpickled():
 def test_the_top_level_is_as_given():
     visible = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     built = {"data", "runs", "build", "dist", "minillm.egg-info", "minillm_stack.egg-info", "__pycache__"}
-    expected = {"launch", "ds_configs", "minillm", "data_tools", "tests", "setup.py", "README.md", "README.zh.md"}
+    expected = {"launch", "ds_configs", "minillm", "data_tools", "tests", "setup.py"}
+    expected |= {"README.md", "README.zh.md", "LICENSE", "CITATION.cff", "CHANGELOG.md"}
     assert visible - built == expected

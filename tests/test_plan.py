@@ -236,7 +236,8 @@ def test_activations_grow_with_tokens_and_layers():
 @pytest.mark.parametrize("stage, checkpointing", [(1, False), (2, False), (2, True), (3, False)])
 def test_peak_memory_is_that_of_a_gpu(group, stage, checkpointing):
     """Within 5 %, one GPU, two micro-steps of 8 x 512 tokens through dense-26m."""
-    from minillm.training.engine import build_engine, run_step
+    from minillm.training.engine import build_engine
+    from minillm.training.step import take_step
 
     run_values = {
         "train": {"max_steps": 1, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8,
@@ -258,7 +259,7 @@ def test_peak_memory_is_that_of_a_gpu(group, stage, checkpointing):
     for step in range(3):
         if step == 2:
             torch.cuda.reset_peak_memory_stats()
-        run_step(engine, [{"input_ids": ids, "labels": ids}] * 2, num_target_tokens=8192, learning_rate=1e-4)
+        take_step(engine, [{"input_ids": ids, "labels": ids}] * 2, num_target_tokens=8192, learning_rate=1e-4)
     measured = torch.cuda.max_memory_allocated() - before
     engine.destroy()
     assert memory(setup).allocated == pytest.approx(measured, rel=0.05)

@@ -30,7 +30,7 @@ from minillm.preflight.verdicts import (
     judge_trial,
 )
 from minillm.settings.deepspeed_json import resolve_deepspeed_config
-from minillm.settings.run import load_run_config
+from minillm.settings.reading import load_run_config
 from tests.support.launching import ROOT, environment, run, words
 
 BF16_ZERO2 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}

@@ -1,4 +1,4 @@
-"""The README's commands run as written, its paths exist, and its numbers are the code's."""
+"""Every README: its commands run as written, its paths and links lead somewhere, and its numbers are the code's."""
 
 from __future__ import annotations
 
@@ -10,37 +10,113 @@ from pathlib import Path
 
 import pytest
 
+from minillm import plan
 from minillm.settings.accounting import cache_bytes, flops_per_token, num_parameters
 from minillm.settings.presets import PRESETS
 from tests.support.launching import ROOT, TIMEOUT, environment
 from tests.support.tiny_data import sentences
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+FRONT, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
+ROOMS = ("launch", "ds_configs", "minillm", "data_tools", "tests", ".github")
+PAGES = sorted([FRONT, CHINESE, ROOT / "CHANGELOG.md", *(p for room in ROOMS for p in (ROOT / room).rglob("*.md"))])
 POEMS = ROOT.parent / "shared" / "data" / "tang-poems"
+CODE = re.compile(r"^ *```.*?^ *```$", flags=re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"`((?:\.github|data_tools|ds_configs|launch|minillm|tests)/[\w/.\-]+)`")  # a path from the root
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def test_links_lead_to_files():
-    links = r"\]\(([^)#]+)\)"
-    rooms = [f"{room}/{link}" for room in ("data_tools", "tests/gpu")
-             for link in re.findall(links, (ROOT / room / "README.md").read_text(encoding="utf-8"))]  # fmt: skip
-    targets = re.findall(links, README) + [link for link in re.findall(links, CHINESE) if "://" not in link] + rooms
-    assert targets
-    for target in targets:
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"`((?:tests|minillm|launch|ds_configs)/[\w/.\-]+\.(?:py|sh|json|yaml))`", README):
-        assert (ROOT / name).exists(), name
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return CODE.sub("", page.read_text(encoding="utf-8"))
 
 
-def test_parameter_counts_are_the_codes():
-    for name, millions in re.findall(r"\| `(demo|dense-26m)` \| ([\d.]+)M:", README):
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The text in a page's blocks of code of these languages ("" for a block that names none)."""
+    found = (block.partition("\n") for block in CODE.findall(page.read_text(encoding="utf-8")))
+    return [text.rpartition("```")[0] for fence, _, text in found if fence.strip("` ") in languages]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_room_has_its_page():
+    rooms = ["launch", "ds_configs", "data_tools", "tests", "tests/gpu", "tests/faults", "tests/benchmarks", "minillm"]
+    rooms += [f"minillm/{name}" for name in
+              ("settings", "planning", "models", "data", "training", "preflight", "interop")]  # fmt: skip
+    linked = re.findall(r"\]\(([^)#]+)", FRONT.read_text(encoding="utf-8"))
+    for room in rooms:
+        assert (ROOT / room / "README.md") in PAGES, room
+        assert f"{room}/README.md" in linked, f"{room}/README.md is not reached from the front page"
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert ROOT in (file.resolve(), *file.resolve().parents), f"{target} leaves the repository"
+        assert not anchor or anchor in anchors(file), target
+
+
+@each_page
+def test_paths_exist(page):
+    text = page.read_text(encoding="utf-8")
+    assert "../shared" not in text, "a path outside of the repository"
+    assert "@@" not in text, "a placeholder is left"
+    for name in FILE.findall(prose(page)):
+        assert "NAME" in name or (ROOT / name).exists(), name
+    for name in re.findall(r"\b(?:ds_configs|launch|tests)/[\w/.\-]+\.(?:json|py|sh|sbatch)\b", text):
+        assert "NAME" in name or (ROOT / name).exists(), name
+    for name in re.findall(r"`(bench_\w+\.py)", text):
+        assert (ROOT / "tests" / "benchmarks" / name).exists(), name
+    for name in re.findall(r"python -m ((?:minillm|data_tools|tests)\.[\w.]+\w)", text):
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), name
+    for name in re.findall(r"--config ([a-z][\w\-]*)(?![\w.\-])", text):
+        assert (ROOT / "launch" / "configs" / f"{name}.yaml").exists(), name
+    for name in re.findall(r"model\.preset=([a-z][\w\-]*)", text):
+        assert name in PRESETS, name
+
+
+@each_page
+def test_lines_fit(page):
+    for line in prose(page).splitlines():
+        assert len(line) <= 120 or line.startswith("|"), line
+
+
+@pytest.mark.parametrize("page", [FRONT, CHINESE], ids=lambda path: path.name)
+def test_a_front_page_is_short(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_both_front_pages_have_the_same_commands():
+    def commands(page: Path) -> list[str]:
+        """The lines of its blocks, without comments and what stands in angle brackets."""
+        lines = "\n".join(blocks(page, "", "bash")).splitlines()
+        return [re.sub(r"\s+#.*|<.*?>", "", line) for line in lines]
+
+    assert commands(FRONT) == commands(CHINESE)
+
+
+@pytest.mark.parametrize("page", [FRONT, CHINESE], ids=lambda path: path.name)
+def test_parameter_counts_are_the_codes(page):
+    rows = re.findall(r"\| `(demo|dense-26m)` \| ([\d.]+)M:", page.read_text(encoding="utf-8"))
+    assert len(rows) == 2
+    for name, millions in rows:
         assert f"{num_parameters(PRESETS[name])['total'] / 1e6:.1f}" == millions
 
 
 def test_the_table_of_architectures_is_the_codes():
     columns = r"^\| `([\w-]+)` \| ([\d.]+)M \| ([\d.]+)M \| ([\d.]+) \| ([\d,]+) \|"
-    rows = re.findall(columns, README, flags=re.MULTILINE)
-    assert {row[0] for row in rows} == set(PRESETS) - {"demo"}
+    table = (ROOT / "minillm" / "models" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(columns, table, flags=re.MULTILINE)
+    assert [row[0] for row in rows] and {row[0] for row in rows} == set(PRESETS)
     for name, *numbers in rows:
         fields = PRESETS[name]
         counts, length = num_parameters(fields), min(512, fields["max_position_embeddings"])
@@ -49,8 +125,16 @@ def test_the_table_of_architectures_is_the_codes():
         assert numbers == [*millions, operations, f"{cache_bytes(fields, length) // length:,}"], name
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README + CHINESE
+def test_the_plans_are_those_of_the_command(capsys):
+    """Each block of the planning page is a part of what its first line prints, in the same order."""
+    shown = [block for block in blocks(ROOT / "minillm" / "planning" / "README.md", "") if block.startswith("$ ")]
+    assert len(shown) == 3
+    for block in shown:
+        command, *lines = block.splitlines()
+        assert plan.main(command.removeprefix("$ python -m minillm.plan ").split()) == 0
+        printed = iter(capsys.readouterr().out.splitlines())
+        for line in lines:
+            assert any(line == other.rstrip() for other in printed), f"{command}\n{line}"
 
 
 def run_block(block: str, folder: Path, **variables: str) -> str:
@@ -70,7 +154,7 @@ def run_block(block: str, folder: Path, **variables: str) -> str:
 @pytest.mark.skipif(not POEMS.is_dir(), reason="../shared/data/tang-poems is absent")
 def test_the_chinese_way_runs_as_written(tmp_path):
     """From raw poems to a sampled one, on one file of them and for five steps."""
-    (block,) = re.findall(r"```bash\n(.*?)```", CHINESE, flags=re.DOTALL)
+    (block,) = blocks(ROOT / "data_tools" / "README.zh.md", "bash")
     assert block.count("--config tang-poems\n") == 1
     block = block.replace("--config tang-poems\n", "--config tang-poems train.max_steps=5 validation.every=0\n")
     poems = tmp_path / "poems"
@@ -84,7 +168,7 @@ def test_the_chinese_way_runs_as_written(tmp_path):
 
 def test_your_own_text_runs_as_written(tmp_path):
     """The bash block, word for word, in a folder that holds only some texts and links to launch and ds_configs."""
-    (block,) = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    (block,) = blocks(FRONT, "bash")
     texts = tmp_path / "my-texts"
     texts.mkdir()
     for number, text in enumerate(sentences(3, 300)):

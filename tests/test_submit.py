@@ -15,7 +15,7 @@ from minillm.planning.devices import DEVICES
 from minillm.planning.step import Setup, speed
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.presets import PRESETS
-from minillm.settings.run import load_run_config
+from minillm.settings.reading import load_run_config
 from tests.support.launching import ROOT, environment
 
 SUBMIT = str(ROOT / "launch" / "submit.py")

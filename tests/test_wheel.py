@@ -6,6 +6,7 @@ from its wheel alone.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from tests.support.launching import ROOT, TIMEOUT, environment, losses, words
 
 pytest.importorskip("build", reason='pip install -e ".[tests]"')
-SOURCES = ("setup.py", "README.md", "minillm", "data_tools", "launch", "ds_configs")
+SOURCES = ("setup.py", "README.md", "LICENSE", "minillm", "data_tools", "launch", "ds_configs")
 
 
 def sh(*command: str | Path, cwd: Path) -> str:
@@ -85,6 +86,11 @@ def test_the_wheel_carries_what_the_commands_read(built):
     assert modes["minillm/launch/supervise.sh"] & 0o111 and modes["minillm/launch/slurm/rank.sh"] & 0o111
     tops = {name.split("/")[0] for name in modes}
     assert {top.partition("-")[0] for top in tops} == {"minillm", "data_tools", "minillm_stack"}  # no package `launch`
+    (licence,) = [name for name in modes if name.endswith("LICENSE")]
+    with zipfile.ZipFile(wheel) as file:
+        assert file.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (metadata,) = [name for name in modes if name.endswith(".dist-info/METADATA")]
+        assert re.search(r"^License(-Expression)?: Apache-2.0$", file.read(metadata).decode(), flags=re.MULTILINE)
     with tarfile.open(sdist) as file:
         assert set(carried) <= {name.partition("/")[2] for name in file.getnames()}
 

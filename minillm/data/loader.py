@@ -25,11 +25,16 @@ _MODEL_INPUTS = ("input_ids", "shift_labels", "position_ids", "document_ids")
 
 
 class Batch(NamedTuple):
-    """This rank's share of a global batch; `num_target_tokens` and `num_bad_rows` count this rank's rows."""
+    """This rank's share of a global batch; the counts are of this rank's rows.
+
+    Attributes:
+        num_tokens: inputs of documents, padding left out (of packed rows every token).
+    """
 
     micro_batches: list[dict[str, torch.Tensor]]
     num_target_tokens: int
     num_bad_rows: int
+    num_tokens: int
 
 
 class BatchLoader:
@@ -136,9 +141,14 @@ class BatchLoader:
             inputs = {name: np.ascontiguousarray(rows[name][part, :length]) for name in _MODEL_INPUTS if name in rows}
             if "document_ids" in inputs:
                 inputs["document_borders"] = document_borders(inputs["document_ids"])
-            micro_batches.append({name: torch.from_numpy(values) for name, values in inputs.items()})
+            tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+            if torch.cuda.is_available():  # so that copies to the device do not wait
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            micro_batches.append(tensors)
         num_targets = int(np.count_nonzero(rows["shift_labels"] != IGNORED))
-        return Batch(micro_batches, num_targets, int(rows["num_bad_rows"]))
+        packed = np.count_nonzero(numbers >= 0) * self.stream.seq_len
+        num_tokens = int(rows["lengths"].sum()) if "lengths" in rows else int(packed)
+        return Batch(micro_batches, num_targets, int(rows["num_bad_rows"]), num_tokens)
 
 
 def document_borders(document_ids: np.ndarray) -> np.ndarray:

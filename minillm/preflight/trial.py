@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import resource
 import time
 from datetime import timedelta
@@ -20,8 +21,9 @@ import torch
 from minillm.data.sources import TokenSource
 from minillm.preflight.child import Report
 from minillm.run_folder import list_checkpoints
+from minillm.settings.resolve import Resolved, choose_model
 from minillm.settings.run import RunConfig
-from minillm.training.build import Data, build_loader, open_data, resolve_model_config
+from minillm.training.build import Data, build_loader, build_model_config, open_data
 from minillm.training.engine import process_group
 from minillm.training.loop import Trainer
 from minillm.training.signals import StopRequest
@@ -84,26 +86,26 @@ def try_run(report: Report, run: dict, deepspeed_config: dict, folder: str, time
         UserError: what a run would stop with.
     """
     config = RunConfig.model_validate(run)
+    resolved = Resolved(config, deepspeed_config, choose_model(config), int(os.environ.get("WORLD_SIZE", 1)))
     report.stage("opening the data")
-    data = open_data(config)
+    data = open_data(resolved)
     report.note("data", describe_data(config, data))
     stop = StopRequest(launched=False)
     report.stage("joining the process group")
     with process_group(timedelta(seconds=timeout)), deterministic_kernels(config.train.deterministic):
         # The parent's limit ends a stage that hangs; the watch's own would only race it.
         with contextlib.closing(Stages(report, 10 * timeout)) as watch:
-            found = _train(config, data, deepspeed_config, folder, watch, stop)
+            found = _train(resolved, data, folder, watch, stop)
         report.stage("leaving the process group")
     return found
 
 
-def _train(
-    run: RunConfig, data: Data, deepspeed_config: dict, folder: str, watch: Watch, stop: StopRequest
-) -> dict[str, object]:
-    trial = trial_config(run, folder)
+def _train(resolved: Resolved, data: Data, folder: str, watch: Watch, stop: StopRequest) -> dict[str, object]:
+    config = build_model_config(resolved, data)
+    trial = trial_config(resolved.run, folder)
     trainer = Trial(trial, Data(data.tokenizer, data.train, [], data.base), watch)
     try:
-        trainer.build(deepspeed_config, resolve_model_config(run, data))
+        trainer.build(resolved.deepspeed, config)
         trainer.run_to_end(stop)
     except BaseException:
         trainer.close(exit_code=1)

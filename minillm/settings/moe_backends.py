@@ -1,7 +1,7 @@
 """Who runs the experts of a model: what is legal with which ZeRO stage and number of ranks, and what `auto` means.
 
 Contract: stdlib only, so that a dry run refuses an illegal pair in a second; every refusal names the choices that are
-legal. The rules are what DeepSpeed 0.19.8 was seen to do (README, "Experts on several cards").
+legal. The rules are what DeepSpeed 0.19.8 was seen to do (minillm/training/README.md).
 """
 
 from __future__ import annotations

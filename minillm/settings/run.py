@@ -1,8 +1,7 @@
-"""The run configuration: one dataclass-like tree, dataclass default < YAML < command line.
+"""The run configuration: every key with its default, its meaning, and the rules between keys.
 
-Contract: `load_run_config` returns a RunConfig or raises one UserError that lists every problem, each with key, value,
-rule and fix. No torch, no transformers: `--dry-run` answers in under a second. DeepSpeed's JSON owns ZeRO, precision
-and offload (settings/deepspeed_json.py); this file owns batch, schedule, data and model.
+Contract: no torch, no transformers. DeepSpeed's JSON owns ZeRO, precision and offload (settings/deepspeed_json.py);
+this file owns batch, schedule, data and model. settings/reading.py reads it from YAML and the command line.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from minillm.settings.architecture import DEFAULTS, Architecture, form_problems, problems_of
 from minillm.settings.derived import coerce
 from minillm.settings.presets import PRESETS, preset
 from minillm.utils.errors import UserError, nearest
-from minillm.utils.places import find_named
+from minillm.utils.yaml_values import as_number, as_written
 
 AUTO_MICRO_BATCH = 8  # the most that `auto` is where no GPU is known to hold more
 # What may differ from the weights a run starts with: the way positions are turned, which has no parameters.
@@ -30,6 +29,21 @@ RUN_NAME = r"^\w[\w.\-]*$"
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=False, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_or_text(cls, values: object) -> object:
+        """A name that looks like a number keeps its spelling; what stands in sections is theirs to read."""
+        if not isinstance(values, dict):
+            return values
+        read = {}
+        for key, value in values.items():
+            field = cls.model_fields.get(key)
+            if field is None:
+                read[key] = as_number(value)
+            else:
+                read[key] = as_written(value) if _is_text(field.annotation) else value
+        return read
+
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
@@ -37,6 +51,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and _is_numeric(annotation):
             raise PydanticCustomError("number", "must be a number, not true or false")
         return value
+
+
+def _is_text(annotation: object) -> bool:
+    """str, in a list or optional, and no number beside it."""
+    return annotation is str or (not _is_numeric(annotation) and any(_is_text(part) for part in get_args(annotation)))
 
 
 def _is_numeric(annotation: object) -> bool:
@@ -202,135 +221,11 @@ class RunConfig(Section):
         return self.data.packing or ("none" if self.stage == "sft" else "concat")
 
 
-def load_run_config(config: str, overrides: list[str], *, stage: str, configs_dir: Path) -> tuple[RunConfig, list[str]]:
-    """Read launch/configs/NAME.yaml (or a path), apply `section.key=value` words, check everything.
-
-    Returns:
-        The configuration and every problem found in it, one sentence each; a section with a problem holds defaults, so
-        that the caller can go on checking before it raises.
-
-    Raises:
-        UserError: there is no such file, or it is not YAML.
-    """
-    path = find_config(config, configs_dir)
-    values = read_yaml(path)
-    origin: dict[str, str] = {}
-    problems = apply_overrides(values, overrides, origin)
-    values.setdefault("run_name", path.stem)
-    if values.get("stage") not in (None, stage):
-        problems.append(f"stage = {values['stage']!r}: launch/pretrain.py and launch/sft.py decide it; leave it out")
-    values["stage"] = stage
-    try:
-        run = RunConfig.model_validate(values)
-    except ValidationError as error:
-        problems += [describe_problem(item, origin, path) for item in error.errors()]
-        broken = {item["loc"][0] for item in error.errors()}
-        run = RunConfig.model_validate({k: v for k, v in values.items() if k not in broken})
-        if "train" in broken:
-            run.train.max_steps = 1  # so that its absence is not reported on top
-    return run, problems + check_run_config(run)
-
-
 def raise_problems(problems: list[str], where: str) -> None:
     """Raise one UserError that lists `problems`; return if there are none."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} in the configuration {where}:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def find_config(config: str, configs_dir: Path) -> Path:
-    """A path, or a name in launch/configs."""
-    if (path := find_named(config, configs_dir, ".yaml")) is not None:
-        return path
-    names = sorted(p.stem for p in configs_dir.glob("*.yaml"))
-    raise UserError(f"--config {config}: no such file, and no such name in {configs_dir}{nearest(config, names)}")
-
-
-_MERGE = "tag:yaml.org,2002:merge"  # <<, which may come several times
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        plain = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
-        for number, key in enumerate(plain):
-            if key.value in (other.value for other in plain[:number]):
-                place = f"line {key.start_mark.line + 1}"
-                raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice ({place}); keep one")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must be a mapping of sections, not a {type(values).__name__}")
-    return values
-
-
-def apply_overrides(values: dict[str, Any], overrides: list[str], origin: dict[str, str]) -> list[str]:
-    """Write `a.b=value` words into `values`; the words' keys go into `origin` so that errors can say where from."""
-    problems = []
-    for word in overrides:
-        key, separator, text = word.partition("=")
-        if not separator or not key:
-            problems.append(f"`{word}`: an override is written section.key=value, for example optim.learning_rate=3e-4")
-            continue
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            problems.append(f"{key}: `{text}` is not a YAML value; quote it")
-            continue
-        target = values
-        *sections, last = key.split(".")
-        for part in sections:
-            if target.get(part) is None:
-                target[part] = {}
-            target = target[part]
-            if not isinstance(target, dict):
-                problems.append(f"`{word}`: {part} is not a section")
-                break
-        else:
-            target[last] = value
-            origin[key] = "command line"
-    return problems
-
-
-def valid_keys(location: tuple) -> list[str]:
-    """The keys that the section at `location` takes."""
-    section: Any = RunConfig
-    for part in location:
-        field = section.model_fields.get(part) if isinstance(part, str) else None
-        annotation = field.annotation if field else None
-        if isinstance(part, int):
-            section = DataSource
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    return list(section.model_fields)
-
-
-def describe_problem(item: dict[str, Any], origin: dict[str, str], path: Path) -> str:
-    """One pydantic error as a sentence: key, value, rule, fix, place."""
-    location = tuple(p for p in item["loc"] if p not in ("str", "list[DataSource]", "none"))
-    key = ".".join(str(p) for p in location)
-    where = next((origin[k] for k in origin if k == key or k.startswith(key + ".")), str(path))
-    if item["type"] == "extra_forbidden":
-        elsewhere = [f"{s}.{location[-1]}" for s in RunConfig.model_fields if location[-1] in valid_keys((s,))
-                     and s not in valid_keys(())[:4]] if len(location) == 1 else []
-        near = nearest(str(location[-1]), valid_keys(location[:-1]))
-        return f"{key}: unknown key{f'; did you mean `{elsewhere[0]}`?' if elsewhere else near} (from {where})"
-    section: Any = RunConfig
-    field = None
-    for part in location:
-        field = getattr(section, "model_fields", {}).get(part) if isinstance(part, str) else None
-        section = field.annotation if field else DataSource
-    rule = item["msg"][0].lower() + item["msg"][1:]
-    what = f" ({field.description})" if field is not None and field.description else ""
-    return f"{key} = {item['input']!r}: {rule}{what} (from {where})"
 
 
 def check_run_config(run: RunConfig) -> list[str]:

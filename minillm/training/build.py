@@ -15,10 +15,9 @@ from minillm.data.sources import TokenSource, open_sources
 from minillm.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
-from minillm.run_folder import newest_run_checkpoint, resolve_model_folder
-from minillm.settings.presets import preset
-from minillm.settings.run import RunConfig, Sources, model_overrides
-from minillm.training.checkpoint import newest_to_resume
+from minillm.settings.architecture import Architecture
+from minillm.settings.resolve import Resolved
+from minillm.settings.run import TOKEN_IDS, RunConfig, Sources, model_overrides, raise_problems
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.logging import say
@@ -33,26 +32,33 @@ class Data:
     tokenizer: object
     train: list[TokenSource]
     validation: list[TokenSource]
-    base: Path | None  # resolved `model.init_from`: weights at the first start, architecture and tokenizer always
+    base: Path | None  # see minillm.settings.resolve.ModelChoice; its weights are for the first start
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What has to be the same for a resumed run to see the same batches."""
-        digest = hashlib.sha256(json.dumps([[shard.sha256 for shard in s.shards] for s in self.train]).encode())
+        """What has to be the same for a resumed run to see the same batches and to measure with the same texts."""
         return {
             "tokenizer": fingerprint(self.tokenizer),
             "train": [[s.name, s.weight, s.num_tokens, s.num_documents] for s in self.train],
-            "sha256": digest.hexdigest()[:16],
+            "sha256": _digest(self.train),
+            "validation": _digest(self.validation),
         }
 
 
-def open_data(run: RunConfig) -> Data:
+def _digest(sources: list[TokenSource]) -> str:
+    digest = hashlib.sha256(json.dumps([[shard.sha256 for shard in s.shards] for s in sources]).encode())
+    return digest.hexdigest()[:16]
+
+
+def open_data(resolved: Resolved) -> Data:
     """Open (compiling or downloading first, where needed) the token shards of a run. No process group is needed.
 
     Raises:
-        UserError: missing or damaged shards, a tokenizer that does not match, nothing in them.
+        UserError: weights to start from that are not there, missing or damaged shards, a tokenizer that does not match.
     """
-    base = resolve_init_from(run)
+    run, base = resolved.run, resolved.model.base
+    if resolved.model.missing is not None:
+        raise UserError(resolved.model.missing)
     tokenizer_path = Path(run.data.tokenizer or base)
     tokenizer = load_tokenizer(tokenizer_path)
     if base is not None and fingerprint(tokenizer) != fingerprint(load_tokenizer(base)):
@@ -68,22 +74,6 @@ def open_data(run: RunConfig) -> Data:
     train = open_sources(_spec(run.data.train), **options)
     validation = open_sources(_spec(run.data.validation), **options) if run.data.validation else []
     return Data(tokenizer, train, validation, base)
-
-
-def resolve_init_from(run: RunConfig) -> Path | None:
-    """The folder that `model.init_from` means: `newest` is the newest pretraining run's newest checkpoint.
-
-    A run that has a checkpoint of its own takes architecture and tokenizer from that, since the folder it began with
-    may have been pruned by then, or trained further.
-    """
-    if run.model.init_from is None:
-        return None
-    own = newest_to_resume(run.run_dir)
-    if own is not None:
-        return own
-    if run.model.init_from == "newest":
-        return newest_run_checkpoint(Path(run.run_root), stage="pretrain")
-    return resolve_model_folder(run.model.init_from, run.run_root)
 
 
 def _spec(sources: Sources) -> str | list[dict[str, object]]:
@@ -130,32 +120,43 @@ def build_validation_loaders(run: RunConfig, sources: list[TokenSource]) -> dict
     return loaders
 
 
-def load_initial_weights(model: MiniLLMForCausalLM, folder: Path) -> None:
-    """Weights of a checkpoint, an exported folder, or a Hugging Face folder of a family interop knows."""
-    model.load_state_dict(load_as_minillm(folder).state_dict())
+def load_initial_weights(model: MiniLLMForCausalLM, folder: Path) -> dict[str, torch.Tensor]:
+    """Put the weights of a checkpoint, an exported folder, or a Hugging Face folder of a known family into `model`.
+
+    Returns:
+        The exact fp32 weights by parameter name. They are the model's own storage until an engine takes it over (it
+        rounds a low-precision copy), so that the model is never held twice.
+    """
+    loaded = load_as_minillm(folder).state_dict()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in loaded:
+                buffer.copy_(loaded[name])
+        for name, parameter in model.named_parameters():
+            parameter.data = loaded.pop(name)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def copy_parameters(model: MiniLLMForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def build_model_config(resolved: Resolved, data: Data) -> MiniLLMConfig:
+    """The architecture as a model's config, fitted to the tokenizer and checked.
 
-
-def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
-    """The preset with its overrides, or the config of the base's folder, fitted to the tokenizer and checked.
+    Weights of another library say only now which architecture they are of, which is written into `resolved`.
 
     Raises:
         UserError: shapes that cannot work, or a vocabulary smaller than the tokenizer's.
     """
-    tokenizer = data.tokenizer
-    if data.base is not None:
-        config = _with_context(load_config_as_minillm(data.base), model_overrides(run))
-    else:
-        fields = preset(run.model.preset, **model_overrides(run))
-        special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-                   "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
-        try:
-            config = MiniLLMConfig(**{**fields, **special})
-        except ValueError as error:
-            raise UserError(f"model: {error}") from error
+    run, tokenizer = resolved.run, data.tokenizer
+    special = {}
+    if data.base is None:
+        special = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    elif resolved.model.architecture is None:
+        fields = load_config_as_minillm(data.base).architecture
+        resolved.model.architecture = Architecture(**{**fields, **model_overrides(run)})
+        raise_problems(resolved.settle_experts(), f"on {resolved.world_size} rank(s)")
+    try:
+        config = MiniLLMConfig(**{**resolved.model.architecture, **special})
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
     if vocabulary_size(tokenizer) > config.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.vocab_size}: the tokenizer {run.data.tokenizer} has "
@@ -169,16 +170,6 @@ def resolve_model_config(run: RunConfig, data: Data) -> MiniLLMConfig:
     return config
 
 
-def _with_context(config: MiniLLMConfig, overrides: dict[str, object]) -> MiniLLMConfig:
-    """The base's config with another context length or rotation (what model.init_from leaves to change)."""
-    if not overrides:
-        return config
-    try:
-        return MiniLLMConfig(**{**config.to_dict(), **overrides})
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
-
-
 def build_model(run: RunConfig, config: MiniLLMConfig) -> MiniLLMForCausalLM:
     """A freshly initialised fp32 model, the same on every rank; its weights come later where there are any."""
     torch.manual_seed(run.seed)
@@ -186,4 +177,7 @@ def build_model(run: RunConfig, config: MiniLLMConfig) -> MiniLLMForCausalLM:
     total = sum(p.numel() for p in model.parameters())
     name = run.model.preset if run.model.init_from is None else f"that of {run.model.init_from}"
     say(f"model: {name}, {total:,} parameters, sequence length {run.data.seq_len}")
+    if "sparse" in config.mlp_layer_types:
+        own = config.num_experts // run.model.expert_parallel_size
+        say(f"experts: {run.model.moe_backend}, {own} of {config.num_experts} of each layer on a rank")
     return model

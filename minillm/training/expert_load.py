@@ -105,6 +105,24 @@ def scalars(record: dict[str, list]) -> dict[str, float]:
     return found
 
 
+def balance_experts(
+    model: nn.Module, counts: torch.Tensor, idle: list[list[int]] | None, every: int
+) -> tuple[list[list[int]], str | None]:
+    """After a step: move the routers' biases, and count the steps that experts have been idle.
+
+    Args:
+        counts: routed tokens of the step, [sparse layers, E].
+        idle: count_idle_steps before this step.
+        every: see idle_warning.
+
+    Returns:
+        count_idle_steps after it, and a warning where one is due.
+    """
+    update_router_biases(model, counts)
+    after = count_idle_steps(idle, counts)
+    return after, idle_warning(idle, after, every, sparse_layers(model.config), model.config)
+
+
 def count_idle_steps(idle: list[list[int]] | None, counts: torch.Tensor) -> list[list[int]]:
     """Steps since each expert last got a token, [L][E], one step on; a layer that had no token at all stands still."""
     before = torch.tensor(idle) if idle is not None else torch.zeros(counts.shape, dtype=torch.long)
@@ -115,7 +133,7 @@ def count_idle_steps(idle: list[list[int]] | None, counts: torch.Tensor) -> list
 def idle_warning(
     before: list[list[int]] | None, after: list[list[int]], every: int, layers: Sequence[Layer], config: MiniLLMConfig
 ) -> str | None:
-    """What to say of the experts that have just been idle for `every` steps, or a multiple of it; None of none.
+    """What to say of experts that have just been idle for `every` steps, or a multiple of that; None where none has.
 
     Args:
         before, after: count_idle_steps around this step.

@@ -1,6 +1,6 @@
 """One optimizer step of the DeepSpeed engine against plain torch: every gradient, the norm, every updated weight.
 
-Contract: the engine is the trainer's own (build_engine, run_step); the reference is torch alone, with all experts in
+Contract: the engine is the trainer's own (build_engine, take_step); the reference is torch alone, with all experts in
 one process, no ZeRO and no ranks. In fp32 it sees the whole global batch in one forward pass. In bf16 it sees the same
 micro-batches one after the other, adds their gradients up in fp32, and its routing is replayed in the engine: a token
 whose two best experts are almost level may otherwise go either way, and one such token moves a gradient by tens of
@@ -34,14 +34,15 @@ from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import resolve_deepspeed_config
 from minillm.settings.moe_backends import BACKENDS, backend_problems, resolve_moe_backend
 from minillm.settings.run import RunConfig, raise_problems
-from minillm.training.engine import MicroBatch, build_engine, move_to_device, run_step
+from minillm.training.engine import build_engine
 from minillm.training.muon import Muon
 from minillm.training.optim import build_optimizer
+from minillm.training.step import MicroBatch, move_to_device, take_step
 from minillm.training.zero_state import read_full_state
 from minillm.utils import distributed
 
 # fp32: rounding alone, of sums in another order. bf16: eight roundings of 2^-8, since both sides round, the engine also
-# what it sends and, at ZeRO-1, adds up; README, "Gradients equal plain torch's", has what was measured.
+# what it sends and, at ZeRO-1, adds up; minillm/training/README.md has what was measured.
 TOLERANCE = {"fp32": 1e-5, "bf16": 8 * 2**-8}
 ROWS, LENGTH = 2, 24  # of one micro-batch
 LEARNING_RATE, CLIPPING = 0.1, 0.05
@@ -318,7 +319,7 @@ def run_case(case: Case, disturb: Callable[[nn.Module], None] | None = None) -> 
     own = slice(first, first + case.accumulation)
     prepare_forwards(engine, reference.routing[own], first, replay=case.precision == "bf16")
     gradients: Tensors = {}
-    result = run_step(
+    result = take_step(
         engine,
         [move_to_device(b, engine.device) for b in batches[own]],
         num_targets,

@@ -13,6 +13,7 @@ import torch
 
 from minillm.planning.devices import datasheet_flops
 from minillm.training.state import TrainState
+from minillm.training.step import StepResult
 from minillm.utils import distributed
 
 
@@ -68,6 +69,10 @@ RECENT = 60.0  # seconds of steps that the progress line speaks of
 class Meter:
     """Speed, counting only time inside steps (not validation, samples or saves).
 
+    tokens_per_s counts target tokens. MFU counts every token of a document that the model computes, prompts included
+    and padding left out: of a conversation both questions and answers cost arithmetic, though answers alone are
+    targets. `flops_per_token` is that of a sequence of full length.
+
     `read` is the speed since it was last called, for metrics.jsonl. `recent` and `seconds_left`, for the person who
     reads the progress line, are of the last minute of steps: a machine that becomes busy is told of within a minute.
     """
@@ -77,46 +82,46 @@ class Meter:
     max_steps: int
     clock: Callable[[], float] = time.perf_counter
     recent_seconds: deque[float] = field(default_factory=deque)  # of each step of the last minute, the newest last
-    _recent_tokens: deque[int] = field(default_factory=deque)
-    _recent_sums: tuple[float, int] = (0.0, 0)
-    _seconds: float = 0.0
-    _tokens: int = 0
+    _recent_tokens: deque[tuple[int, int]] = field(default_factory=deque)  # targets, computed
+    _recent_sums: tuple[float, int, int] = (0.0, 0, 0)
+    _sums: tuple[float, int, int] = (0.0, 0, 0)  # seconds, targets, computed since the last `read`
     _started: float = 0.0
     _last_line: float = -math.inf
 
     def start_step(self) -> None:
         self._started = self.clock()
 
-    def end_step(self, tokens: int) -> float:
+    def end_step(self, targets: int, computed: int) -> float:
+        """Seconds of the step; `targets` and `computed` are tokens of the global batch."""
         seconds = self.clock() - self._started
-        self._seconds += seconds
-        self._tokens += tokens
-        self._remember(seconds, tokens)
+        self._sums = self._sums[0] + seconds, self._sums[1] + targets, self._sums[2] + computed
+        self._remember(seconds, targets, computed)
         return seconds
 
-    def _remember(self, seconds: float, tokens: int) -> None:
+    def _remember(self, seconds: float, targets: int, computed: int) -> None:
         """As the newest step of the last minute; what is older goes."""
         self.recent_seconds.append(seconds)
-        self._recent_tokens.append(tokens)
-        total, count = self._recent_sums[0] + seconds, self._recent_sums[1] + tokens
+        self._recent_tokens.append((targets, computed))
+        total = self._recent_sums[0] + seconds
+        counts = self._recent_sums[1] + targets, self._recent_sums[2] + computed
         while total - self.recent_seconds[0] >= RECENT:
             total -= self.recent_seconds.popleft()
-            count -= self._recent_tokens.popleft()
-        self._recent_sums = total, count
+            oldest = self._recent_tokens.popleft()
+            counts = counts[0] - oldest[0], counts[1] - oldest[1]
+        self._recent_sums = total, *counts
 
     def read(self) -> dict[str, float]:
-        seconds, tokens = self._seconds, self._tokens
-        self._seconds, self._tokens = 0.0, 0
-        return self._speed(tokens, seconds)
+        sums, self._sums = self._sums, (0.0, 0, 0)
+        return self._speed(*sums)
 
     def recent(self) -> dict[str, float]:
         """The same of the last minute."""
-        seconds, tokens = self._recent_sums
-        return self._speed(tokens, seconds)
+        return self._speed(*self._recent_sums)
 
-    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
-        rate = tokens / max(seconds, 1e-9)
-        return {"tokens_per_s": round(rate, 1), "mfu": round(rate * self.flops_per_token / self.peak, 4)}
+    def _speed(self, seconds: float, targets: int, computed: int) -> dict[str, float]:
+        seconds = max(seconds, 1e-9)
+        mfu = computed / seconds * self.flops_per_token / self.peak
+        return {"tokens_per_s": round(targets / seconds, 1), "mfu": round(mfu, 4)}
 
     def line_is_due(self, step: int) -> bool:
         """The first step, the last, and one every SECONDS_BETWEEN_LINES: as much as a person reads."""
@@ -136,6 +141,13 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def step_record(result: StepResult, lr: float, state: TrainState, meter: Meter) -> dict[str, float]:
+    """What metrics.jsonl says of a step."""
+    record = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm, "tokens": state.tokens}
+    record |= {**result.auxiliary, **meter.read()}
+    return record | ({"bad_rows": state.bad_rows} if state.bad_rows else {})
+
+
 def progress_line(record: dict[str, float], state: TrainState, meter: Meter) -> str:
     """One line that lines up under the last one, in a terminal and in a log file."""
     width = len(str(meter.max_steps))
@@ -145,3 +157,10 @@ def progress_line(record: dict[str, float], state: TrainState, meter: Meter) -> 
         f"grad {record['grad_norm']:6.2f}  {speed['tokens_per_s']:>9,.0f} tok/s  mfu {speed['mfu']:4.0%}  "
         f"left {format_seconds(meter.seconds_left(state.step))}"
     )
+
+
+def last_line(state: TrainState) -> str:
+    """What a run came to."""
+    before = f"{state.first_val_loss:.4f} -> " if state.first_val_loss is not None else ""
+    loss = f", validation loss {before}{state.val_loss:.4f}" if state.val_loss is not None else ""
+    return f"{state.step} steps, {state.tokens:,} tokens in {format_seconds(state.train_seconds)}{loss}"

@@ -13,8 +13,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend has to be chosen first)
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter  # noqa: E402
 
+from minillm.utils.logging import say, warn  # noqa: E402
+
 LOADS = {-2: "1/4", -1: "1/2", 0: "even", 1: "2x", 2: "4x"}  # log2(share * E) -> its name on the colour bar
 MAX_COLUMNS = 200  # of the heat map, over time
+
+
+def draw(run_dir: Path, first_val_loss: float | None) -> None:
+    """plots/loss.png, and plots/experts.png where there are experts, of what has been logged; a line for each.
+
+    A picture that cannot be written is a warning: the run itself is whole, and saved.
+    """
+    try:
+        pictures = draw_loss(run_dir, first_val_loss), draw_experts(run_dir)
+    except (OSError, ValueError) as error:
+        warn(f"no picture could be written to {run_dir / 'plots'}: {error}")
+        return
+    for picture in filter(None, pictures):
+        say(f"drew {picture}")
 
 
 def draw_loss(run_dir: Path, first_val_loss: float | None) -> Path | None:

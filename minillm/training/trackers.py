@@ -158,8 +158,3 @@ def open_tensorboard(run: RunConfig, step: int):
     except ImportError as error:
         raise UserError("log.tensorboard=true needs the tensorboard package: pip install tensorboard") from error
     return SummaryWriter(run.run_dir / "tensorboard", purge_step=step + 1)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), capped where a float overflows."""
-    return math.exp(min(loss, 700.0))

@@ -1,19 +1,18 @@
-"""Validation loss, perplexity and bits per byte, the same at any number of ranks; and samples of the model's text."""
+"""Validation loss, perplexity and bits per byte, the same at any number of ranks."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
 
-from minillm.data.chat_template import encode_conversation
 from minillm.data.loader import BatchLoader
-from minillm.training.engine import move_to_device
-from minillm.training.trackers import perplexity
+from minillm.training.step import move_to_device
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
-from minillm.utils.seeding import rng_untouched
+from minillm.utils.logging import say
 
 
 @torch.no_grad()
@@ -22,6 +21,7 @@ def validate(
     loaders: dict[str, BatchLoader],
     token_bytes: torch.Tensor,
     max_bad_rows: int,
+    step: int,
     progress: Callable[[str], None],
 ) -> dict[str, float]:
     """Token-mean loss over every validation sequence of every source.
@@ -32,6 +32,7 @@ def validate(
         loaders: by source name, over its sequences in order.
         token_bytes: [vocab] UTF-8 bytes a token stands for.
         max_bad_rows: unreadable sequences allowed, over all ranks.
+        step: optimizer steps done, for the line in the log.
         progress: told each batch.
 
     Returns:
@@ -40,6 +41,7 @@ def validate(
     Raises:
         UserError: on every rank, more unreadable sequences than allowed.
     """
+    start = time.perf_counter()
     engine.eval()
     totals = torch.zeros(4, dtype=torch.float64)
     result = {}
@@ -64,6 +66,12 @@ def validate(
         )
     mean = loss / max(1.0, tokens)
     bpb = loss / math.log(2) / max(1.0, num_bytes)
+    sources = "".join(f", {name.removeprefix('val_loss/')} {value:.4f}" for name, value in result.items())
+    seconds = time.perf_counter() - start
+    say(
+        f"validation at step {step}: loss {mean:.4f}, perplexity {perplexity(mean):.2f}, {bpb:.3f} bits per byte"
+        f"{sources} ({seconds:.1f} s)"
+    )
     return {"val_loss": mean, "val_ppl": perplexity(mean), "val_bpb": bpb, **result}
 
 
@@ -75,39 +83,6 @@ def _sums(engine, micro_batch: dict[str, torch.Tensor], token_bytes: torch.Tenso
     return torch.tensor([float(loss), kept.numel(), float(token_bytes[kept].sum())], dtype=torch.float64)
 
 
-@torch.no_grad()
-def sample(engine, tokenizer, prompts: list[str], max_new_tokens: int, chat: bool) -> list[dict[str, str]]:
-    """Greedy continuations (answers, with `chat`) of `prompts`.
-
-    Every rank generates the same text, since at ZeRO-3 each forward pass gathers the weights from all of them.
-    """
-    engine.eval()
-    texts = []
-    # Every new length would be compiled anew.
-    with rng_untouched(), torch.compiler.set_stance("force_eager"):
-        for prompt in prompts:
-            ids = (
-                encode_conversation(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
-                if chat
-                else tokenizer(prompt)["input_ids"]
-            )
-            inputs = torch.tensor([ids], device=engine.device)
-            output = engine.module.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                synced_gpus=distributed.world_size() > 1,
-                eos_token_id=stop_ids(tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-            texts.append({"prompt": prompt, "text": text})
-    engine.train()
-    return texts
-
-
-def stop_ids(tokenizer) -> list[int]:
-    """<|endoftext|> and, where the tokenizer has it, <|im_end|>."""
-    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    return sorted({i for i in ids if i is not None})
+def perplexity(loss: float) -> float:
+    """exp(loss), capped where a float overflows."""
+    return math.exp(min(loss, 700.0))

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_expert_parallel.py [--ranks N] [--layers 4] [--hidden 256] [--seq-len 256] [--batch 4]
 
-A step is the trainer's run_step, forward, backward and AdamW, on an engine from its build_engine with the ZeRO settings
-of ds_configs/moe_zero2.json and moe_zero3.json; experts are shared out among all ranks. Rows, at 8 experts top-2 and at
+A step is the trainer's take_step on an engine from its build_engine with the ZeRO settings of
+ds_configs/moe_zero2.json and moe_zero3.json; experts are shared out among all ranks. Rows, at 8 experts top-2 and at
 64 experts top-6, which have the same active parameters:
   dense              the yardstick: no experts, an MLP as wide as the experts a token uses
   native (stock)     deepspeed.moe.layer.MoE in place of our block: its TopKGate, its list of experts (SwiGLU),
@@ -198,7 +198,8 @@ def measure(row: Row, args: argparse.Namespace, precision: str) -> Measured:
     """Build the engine, warm it up, time `--rounds` steps, take it down. Every rank calls this."""
     import torch
 
-    from minillm.training.engine import build_engine, move_to_device, run_step
+    from minillm.training.engine import build_engine
+    from minillm.training.step import move_to_device, take_step
     from minillm.utils import distributed
 
     run, values = configuration(row, args, precision)
@@ -214,7 +215,7 @@ def measure(row: Row, args: argparse.Namespace, precision: str) -> Measured:
             torch.cuda.reset_peak_memory_stats()
         synchronize(on_gpu)
         start = time.perf_counter()
-        result = run_step(engine, [batch], num_targets, learning_rate=0.0)
+        result = take_step(engine, [batch], num_targets, learning_rate=0.0)
         synchronize(on_gpu)
         if number >= 0:
             best = min(best, time.perf_counter() - start)

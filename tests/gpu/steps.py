@@ -2,7 +2,7 @@
 
     python -m tests.gpu.steps ROW ... [--steps N] [--tiny] [--profile FOLDER]     (--list names the rows)
 
-Contract: the engine is the trainer's own (build_engine, run_step); rows of random tokens, cut into documents of 170
+Contract: the engine is the trainer's own (build_engine, take_step); rows of random tokens, cut into documents of 170
 tokens on average as packed text is. A line `RESULT {...}` a row, in the form that `minillm.plan --calibrate` reads;
 rows share a process, since importing takes longer than measuring.
 Without a GPU it needs --tiny, which is for trying the script.
@@ -30,8 +30,9 @@ from minillm.settings.architecture import Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.presets import preset
 from minillm.settings.run import RunConfig
-from minillm.training.engine import build_engine, process_group, run_step
+from minillm.training.engine import build_engine, process_group
 from minillm.training.metrics import peak_flops
+from minillm.training.step import take_step
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = 2  # steps before the clock starts: optimizer state, and graphs of shapes that vary
@@ -115,7 +116,7 @@ def measure(name: str, steps: int, small: bool, profile: Path | None) -> dict[st
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        result = run_step(engine, data, tokens, 1e-4)  # it ends with the gradient's norm, read from the device
+        result = take_step(engine, data, tokens, 1e-4)  # it ends with the gradient's norm, read from the device
         if gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -131,7 +132,7 @@ def measure(name: str, steps: int, small: bool, profile: Path | None) -> dict[st
         "planned_bytes": round(memory(setup).allocated), "loss": round(result.loss, 4), "error": None,
     }  # fmt: skip
     if profile:
-        found |= profiled(lambda: run_step(engine, data, tokens, 1e-4), profile / f"profile-{name}.txt", took)
+        found |= profiled(lambda: take_step(engine, data, tokens, 1e-4), profile / f"profile-{name}.txt", took)
     engine.destroy()
     return found
 

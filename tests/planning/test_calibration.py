@@ -124,7 +124,7 @@ def test_a_listed_datasheet_is_the_peak_of_a_card_that_has_no_plan_of_its_own(re
     [("dense-26m", 32, 64, 634_561, 3.2), ("dense-171m", 64, 64, 270_280, 18.4), ("moe-876m", 32, 32, 114_905, 30.1)],
 )
 def test_what_one_h200_measured_comes_back(preset, micro, batch, tokens_per_s, peak_gib, capsys):
-    """README's table of that card, from the file it was made of."""
+    """The table of that card in tests/gpu/README.md, from the file it was made of."""
     words = ["--config", preset, "--gpus", "1", f"train.train_batch_size={batch}", "train.compile=true"]
     words += [f"train.train_micro_batch_size_per_gpu={micro}", "model.moe_backend=torch"]
     row = planned(capsys, str(ROOT / "tests" / "gpu" / "h200.json"), *words)["rows"][0]

@@ -9,7 +9,7 @@ import pytest
 from minillm.planning.states import Zero, buffers, parameter_groups
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.presets import PRESETS
-from minillm.settings.run import load_run_config
+from minillm.settings.reading import load_run_config
 from minillm.utils.errors import UserError
 from tests.settings.mistakes import ZERO2
 from tests.support.launching import ROOT

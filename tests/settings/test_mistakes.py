@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.settings.resolve import check_places, resolve_run
+from minillm.settings.resolve import check_places, resolve, uses_builtin_data
 from minillm.utils.errors import UserError
 from tests.faults.damage_files import contents
 from tests.settings.mistakes import JSONS, WORDS, YAMLS, ZERO2
@@ -29,11 +29,11 @@ def error_of(folder: Path, words: tuple[str, ...] = (), yaml: str | None = None,
         Path(config).write_bytes(yaml.encode("utf-8", "surrogateescape"))
     before = contents(folder)
     with pytest.raises(UserError) as error:
-        run, _ = resolve_run(
+        resolved = resolve(
             config, [f"run_root={folder / 'runs'}", *words], str(folder / "ds.json"), stage="pretrain", world_size=1,
             configs_dir=ROOT / "launch" / "configs",
         )  # fmt: skip
-        check_places(run, reads=run.data.train is not None)
+        check_places(resolved.run, reads=not uses_builtin_data(resolved.run))
     assert contents(folder) == before
     return str(error.value)
 

@@ -9,7 +9,7 @@ from minillm import describe
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.moe_backends import backend_problems, has_experts, resolve_moe_backend
 from minillm.settings.presets import PRESETS
-from minillm.settings.run import load_run_config
+from minillm.settings.reading import load_run_config
 from tests.support.launching import ROOT
 
 SPARSE = [name for name, fields in PRESETS.items() if has_experts(fields)]
@@ -116,4 +116,4 @@ def test_the_table_is_the_readmes(capsys):
     assert describe.main(["--backends", "8"]) == 0
     table = capsys.readouterr().out.strip()
     assert len(table.splitlines()) == 2 + len(SPARSE)
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "minillm" / "training" / "README.md").read_text(encoding="utf-8")

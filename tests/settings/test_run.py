@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from minillm.settings.run import dump_run_config, load_run_config, read_yaml, resolve_accumulation
+from minillm.settings.reading import load_run_config, read_yaml
+from minillm.settings.run import dump_run_config, resolve_accumulation
 from minillm.utils.errors import UserError
+from minillm.utils.yaml_values import as_number, load_yaml
 from tests.support.launching import ROOT
 
 CONFIGS = ROOT / "launch" / "configs"
@@ -33,11 +36,38 @@ def test_values_take_the_type_they_need():
     assert not found and run.model.model_extra["rope_theta"] == 1e6 and run.run_name == "2024"
 
 
+@pytest.mark.parametrize("name", ["0123", "1_000", "2024", "2024-11-27", "1e3", "1.50", "no", "on", "007"])
+def test_a_name_keeps_its_spelling(name, tmp_path):
+    run, found = load(f"run_name={name}", f"data.tokenizer={name}", f"samples.prompts=[{name}]")
+    assert not found and (run.run_name, run.data.tokenizer, run.samples.prompts) == (name, name, [name])
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"run_name: {name}\ntrain: {{max_steps: 1}}\n")
+    run, found = load(config=str(path))
+    assert not found and run.run_name == name
+    path.write_text(dump_run_config(run), encoding="utf-8")
+    assert load(config=str(path))[0].run_name == name
+
+
+def test_words_that_yaml_1_1_takes_for_truths_are_words():
+    assert "model.preset = 'no': unknown preset" in problems("model.preset=no")
+    assert problems("run_name=1:30") == "run_name = '1:30': string should match pattern '^\\w[\\w.\\-]*$' " \
+        "(a folder's name; default: the config's) (from command line)"  # fmt: skip
+
+
+def test_the_settings_of_an_older_version_are_read_as_they_were():
+    """Written by PyYAML, whose strings that look like numbers are quoted."""
+    path = ROOT / "tests" / "golden" / "old_run" / "runs" / "old" / "run.yaml"
+    recorded = yaml.safe_load(path.read_text())
+    assert as_number(read_yaml(path)) == recorded
+    for text in ("a: '0123'", "a: 1.0e-08", "a: 'no'", "a: true", "a: '2024-11-27'", "a: 1.0e-05", "a: null", "a: -3"):
+        assert as_number(load_yaml(text)) == yaml.safe_load(text)
+
+
 def test_resolved_config_reads_back(tmp_path):
     run, _ = load("model.hidden_size=96", "run_name=试验")
     path = tmp_path / "run.yaml"
     path.write_text(dump_run_config(run), encoding="utf-8")
-    assert read_yaml(path) == run.model_dump()
+    assert as_number(read_yaml(path)) == run.model_dump()
     again, found = load(config=str(path))
     assert not found and again == run
 

@@ -5,9 +5,10 @@ In a test that is one rank; tests/support/ranks.py does it in each of several.
 
 from __future__ import annotations
 
-from minillm.settings.deepspeed_json import resolve_deepspeed_config
-from minillm.settings.run import RunConfig, load_run_config, raise_problems
-from minillm.training.build import open_data, resolve_model_config
+from minillm.settings.reading import load_run_config
+from minillm.settings.resolve import Resolved, resolve_run
+from minillm.settings.run import RunConfig, raise_problems
+from minillm.training.build import build_model_config, open_data
 from minillm.training.loop import Trainer, train_in_group
 from minillm.training.signals import StopRequest
 from minillm.training.watch import Watch
@@ -24,29 +25,25 @@ def load(settings: dict, stage: str = "pretrain") -> RunConfig:
     return run
 
 
-def resolve(run: RunConfig, deepspeed: dict | None) -> dict:
-    """DeepSpeed's configuration for as many ranks as the process group has."""
-    values = deepspeed or FP32_ZERO2
-    resolved, problems = resolve_deepspeed_config(values, run, distributed.world_size(), "the test's JSON")
-    raise_problems(problems, "of the test")
-    return resolved
+def resolved(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> Resolved:
+    """Both configurations for as many ranks as the process group has."""
+    run, ranks = load(settings, stage), distributed.world_size()
+    return resolve_run(run, deepspeed or FP32_ZERO2, ranks, json_name="the test's JSON", where="of the test")
 
 
 def train(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> int:
     """Train to the end; the exit code."""
-    run = load(settings, stage)
-    resolved = resolve(run, deepspeed)
-    stop = StopRequest(launched=distributed.world_size() > 1)
+    start, stop = resolved(settings, deepspeed, stage), StopRequest(launched=distributed.world_size() > 1)
     try:
-        return train_in_group(run, resolved, open_data(run), stop)
+        return train_in_group(start, open_data(start), stop)
     finally:
         stop.restore()
 
 
-def built_trainer(settings: dict, deepspeed: dict | None = None) -> Trainer:
+def built_trainer(settings: dict, deepspeed: dict | None = None, stage: str = "pretrain") -> Trainer:
     """A trainer at the start of its loop."""
-    run = load(settings)
-    data = open_data(run)
-    trainer = Trainer(run, data, Watch(run.faults.timeout))
-    trainer.build(resolve(run, deepspeed), resolve_model_config(run, data))
+    start = resolved(settings, deepspeed, stage)
+    data = open_data(start)
+    trainer = Trainer(start.run, data, Watch(start.run.faults.timeout))
+    trainer.build(start.deepspeed, build_model_config(start, data))
     return trainer

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from minillm.training.engine import build_engine, run_step
+from minillm.training.engine import build_engine
 from minillm.training.gradient_parity import Case, build_batches, build_toy, run_config
+from minillm.training.step import take_step
 from minillm.training.zero_state import base_optimizer
 from minillm.utils import distributed
 
@@ -40,7 +41,7 @@ def measure(case: Case, zero: dict) -> dict[str, int]:
     values["zero_optimization"] = {**values["zero_optimization"], **zero}
     engine = build_engine(build_toy(case), run, values)
     batches = build_batches(case.accumulation)
-    run_step(engine, batches, num_target_tokens=100, learning_rate=1e-3)
+    take_step(engine, batches, num_target_tokens=100, learning_rate=1e-3)
     output = engine(**batches[0], num_items_in_batch=100)
     whole = [p for p in engine.module.parameters() if case.stage == 3 and p.ds_status == ZeroParamStatus.AVAILABLE]
     own = storages(p.ds_tensor for p in whole)  # a rank that shares with nobody gathers nothing

@@ -12,7 +12,7 @@ import torch
 
 from minillm.training import loop
 from minillm.utils.errors import UserError
-from tests.support.in_process import load, train
+from tests.support.in_process import resolved, train
 from tests.support.launching import ROOT, checkpoint, losses, same_bits
 
 FP16 = json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text())
@@ -22,7 +22,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 is fo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_is_refused_before_anything_is_written(settings, tmp_path):
     with pytest.raises(UserError, match="fp16 needs a GPU.*zero2.json"):
-        loop.train(load(settings), FP16)
+        loop.train(resolved(settings, FP16))
     assert not list(tmp_path.glob("r"))
 
 
@@ -41,11 +41,11 @@ def test_bf16_is_refused_on_a_card_that_emulates_it(settings, tmp_path, monkeypa
     bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     unread = {**settings, "data.train": str(tmp_path / "none"), "data.validation": str(tmp_path / "none")}
     with pytest.raises(UserError, match="Tesla T4 has no bf16.*ds_configs/zero2_fp16.json"):
-        loop.train(load(unread), bf16)
+        loop.train(resolved(unread, bf16))
     assert asked == [torch.device("cuda", 0)] and not list(tmp_path.glob("r"))
     for allowed in (FP16, {"zero_optimization": {"stage": 1}}):  # these come as far as the data, which are not there
         with pytest.raises(UserError, match="none"):
-            loop.train(load(unread), allowed)
+            loop.train(resolved(unread, allowed))
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def take(meter: Meter, clock: Clock, steps: int, seconds: float, tokens: int = 1
     for _ in range(steps):
         meter.start_step()
         clock.now += seconds
-        assert meter.end_step(tokens) == pytest.approx(seconds)
+        assert meter.end_step(tokens, tokens) == pytest.approx(seconds)
         clock.now += between
 
 

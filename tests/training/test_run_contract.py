@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,11 +18,14 @@ import yaml
 
 from data_tools.shards import build_shards
 from minillm.run_folder import only_writer
-from minillm.training.engine import NonFiniteError
+from minillm.training.checkpoint import read_state
+from minillm.training.engine import group_timeout
 from minillm.training.metrics import Meter
+from minillm.training.step import NonFiniteError
 from minillm.utils.errors import UserError
+from minillm.utils.files import write_manifest
 from tests.support.in_process import built_trainer, train
-from tests.support.launching import checkpoint, losses, metrics, same_bits
+from tests.support.launching import checkpoint, environment, losses, metrics, same_bits
 from tests.support.tiny_data import sentences
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -43,7 +48,7 @@ def test_the_ranks_agree_on_a_step_in_one_collective(settings, monkeypatch):
     assert trainer.begin_step(NoSignal) == 0
     trainer.close(0)
     assert found == ["all_gather"]
-    assert trainer.num_target_tokens == sum(
+    assert trainer.num_targets == sum(
         int((batch["shift_labels"] != -100).sum()) for batch in trainer.batch.micro_batches
     )
 
@@ -95,10 +100,12 @@ def test_epochs_end_with_the_last_sequence(settings, tmp_path):
 
 
 def test_mfu_is_operations_over_peak_and_time():
-    """1,000 tokens of 2 GFLOP in 4 seconds on 1 TFLOP/s: 250 tokens/s, half of the peak."""
-    meter = Meter(flops_per_token=2e9, peak=1e12, max_steps=10)
-    meter._seconds, meter._tokens = 4.0, 1000
-    assert meter.read() == {"tokens_per_s": 250.0, "mfu": 0.5}
+    """1,000 computed tokens of 2 GFLOP in 4 seconds on 1 TFLOP/s: half of the peak; 300 of them are targets."""
+    now = iter([10.0, 14.0])
+    meter = Meter(flops_per_token=2e9, peak=1e12, max_steps=10, clock=lambda: next(now))
+    meter.start_step()
+    meter.end_step(targets=300, computed=1000)
+    assert meter.read() == {"tokens_per_s": 75.0, "mfu": 0.5}
 
 
 def test_the_same_command_again_is_complete(settings, tmp_path, capsys):
@@ -131,7 +138,7 @@ def test_resume_announces_itself_and_may_change_what_it_may(settings, tmp_path, 
 def test_resume_refuses_what_defines_the_run(settings, tmp_path, key, value):
     train(settings)
     weights = checkpoint(tmp_path / "r", 4)
-    before = settings.get(key, 42 if key == "seed" else None)
+    before = settings.get(key, {"seed": 42, "data.stride": 64}.get(key))
     with pytest.raises(UserError) as error:
         train({**settings, key: value, "train.max_steps": 8})
     assert f"{key}: was {before}, now {value}" in str(error.value)
@@ -188,17 +195,92 @@ def test_a_non_finite_loss_stops_before_the_update(settings, tmp_path, stage):
     assert checkpoint(tmp_path / "r", last)  # the last finite step's
 
 
-def test_too_many_unreadable_sequences_stop_the_run(settings, tmp_path):
-    """A chunk that rotted on disk after the shards were compiled."""
+def rotten(settings: dict, tmp_path) -> dict:
+    """Settings whose compiled shards have a chunk that rotted on disk since."""
     cache = tmp_path / "cache"
-    settings = {**settings, "data.cache_dir": str(cache), "train.max_steps": 60, "validation.every": 0}
+    settings = {**settings, "data.cache_dir": str(cache), "validation.every": 0}
     train({**settings, "run_name": "first", "train.max_steps": 1})
     shard = max(cache.glob("*/*.tar"), key=lambda p: p.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[2000] ^= 0xFF
     shard.chmod(0o644)
     shard.write_bytes(content)
+    return settings
+
+
+def test_too_many_unreadable_sequences_stop_the_run(settings, tmp_path):
+    settings = {**rotten(settings, tmp_path), "train.max_steps": 60}
     with pytest.raises(UserError, match="unreadable sequences so far, data.max_bad_samples = 0"):
         train({**settings, "run_name": "second"})
     assert train({**settings, "run_name": "third", "train.max_steps": 4, "data.max_bad_samples": 10_000}) == 0
     assert metrics(tmp_path / "third")[-1].get("bad_rows") or any("bad_rows" in r for r in metrics(tmp_path / "third"))
+
+
+def test_unreadable_sequences_count_once_around_a_signal(settings, tmp_path):
+    """The batch that was loaded when the signal came is trained on by the next start, and counts there."""
+    allowed = {**rotten(settings, tmp_path), "train.max_steps": 4, "log.every": 1, "data.max_bad_samples": 10_000}
+    assert train({**allowed, "run_name": "unbroken"}) == 0
+    counts = [record.get("bad_rows", 0) for record in metrics(tmp_path / "unbroken") if "loss" in record]
+    step = next(step for step in (2, 3, 4) if counts[step - 1] > counts[step - 2])  # its batch holds some
+    broken = built_trainer({**allowed, "run_name": "broken"})
+    assert broken.run_to_end(SignalBeforeStep(step)) == 128 + 15
+    broken.close(0)
+    assert train({**allowed, "run_name": "broken"}) == 0
+    assert bad_rows(tmp_path / "broken", 4) == bad_rows(tmp_path / "unbroken", 4) == counts[-1] > 0
+    assert losses(tmp_path / "unbroken") == losses(tmp_path / "broken")
+
+
+class SignalBeforeStep:
+    """A stop request that arrives while the batch of a step is loaded."""
+
+    def __init__(self, step: int):
+        self.left = step
+
+    @property
+    def number(self) -> int:
+        self.left -= 1
+        return 15 if self.left <= 0 else 0
+
+
+def bad_rows(run_dir, step: int) -> int:
+    return read_state(run_dir / "checkpoints" / f"step-{step:06d}")[0].bad_rows
+
+
+def test_validation_data_that_were_written_anew_are_refused(settings, tiny_data, tmp_path):
+    copied = tmp_path / "validation"
+    shutil.copytree(tiny_data["data.validation"], copied)
+    own = {**settings, "data.validation": str(copied)}
+    assert train(own) == 0
+    shutil.rmtree(copied)
+    shutil.copytree(tiny_data["data.train"], copied)
+    with pytest.raises(UserError, match="step-000004 was validated on other data.*Put the shards back"):
+        train({**own, "train.max_steps": 6})
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_validated_on_is_resumed(settings, tmp_path):
+    assert train(settings) == 0
+    folder = tmp_path / "r" / "checkpoints" / "step-000004"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    del state["data"]["validation"]  # as older versions wrote it
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_manifest(folder, {name: value for name, value in manifest.items() if name != "files"})
+    assert train({**settings, "train.max_steps": 5}) == 0
+
+
+@pytest.mark.parametrize("timeout", [60, 1800, 7200])
+def test_a_collective_waits_longer_than_the_watch_does(timeout):
+    """So that the rank that hangs is named before NCCL or gloo gives up."""
+    assert group_timeout(timeout).total_seconds() >= max(1800, timeout) + 60
+
+
+def test_the_group_of_a_run_has_the_runs_timeout(settings, tmp_path):
+    """In a process of its own, since this one is in a group already."""
+    code = (
+        "import sys, torch; from minillm.training import engine; "
+        "\nwith engine.process_group(engine.group_timeout(7200)):\n"
+        "    group = torch.distributed.group.WORLD._get_backend(torch.device('cpu'))\n"
+        "    print(int(group.options._timeout.total_seconds()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["7500"], done.stderr[-2000:]

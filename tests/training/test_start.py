@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from minillm.training import loop
+from minillm.training import loop, start
 from minillm.training.engine import process_group
 from minillm.training.zero_state import loss_scale_state
 from minillm.utils import determinism, distributed
@@ -36,8 +36,8 @@ def test_the_warm_up_step_is_a_step_of_the_run_and_leaves_no_loss_scale_behind(s
         results.append(real_warm_up(engine, micro_batches, *count))
         after.append(loss_scale_state(engine))
 
-    real_warm_up = loop.warm_up_engine
-    monkeypatch.setattr(loop, "warm_up_engine", warm_up)
+    real_warm_up = start.warm_up
+    monkeypatch.setattr(start, "warm_up", warm_up)
     trainer = built_trainer({**settings, "model.hidden_dropout": 0})
     trainer.close(0)
     assert before[0]["cur_scale"] == 65536 and after == before
@@ -70,7 +70,7 @@ def test_the_whole_run_has_the_kernels_it_asks_for(settings, monkeypatch, wanted
         return call
 
     monkeypatch.setattr(determinism, "distributed", Gpu)
-    for name in ("build_engine", "warm_up_engine", "run_step", "validate"):
+    for name in ("build_engine", "warm_up_and_restore", "take_step", "validate"):
         monkeypatch.setattr(loop, name, looking(getattr(loop, name)))
     assert train({**settings, "train.deterministic": wanted, "train.max_steps": 2}) == 0
     assert len(asked) >= 5 and set(asked) == {wanted}
@@ -82,7 +82,7 @@ def test_an_operation_without_such_a_kernel_is_named_at_the_start(settings, monk
     monkeypatch.setattr(determinism, "distributed", Gpu)
     # put_ is one of PyTorch's operations that do not repeat on any device.
     put = lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))  # noqa: E731
-    monkeypatch.setattr(loop, "warm_up_engine", put)
+    monkeypatch.setattr(start, "warm_up", put)
     with pytest.raises(UserError, match="train.deterministic = true: put_ does not.*set train.deterministic=false"):
         train({**settings, "train.deterministic": True})
 
