@@ -47,4 +47,13 @@ def group():
         yield
 
 
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two ranks for all tests of this process that need two; see tests/support/ranks.py."""
+    from tests.support.ranks import Ranks
+
+    with Ranks(2) as ranks:
+        yield ranks
+
+
 pytest_plugins = ["tests.support.minutes"]

@@ -13,8 +13,7 @@ import sys
 import pytest
 
 from minillm import plan
-from minillm.settings.presets import PRESETS
-from tests.support.launching import ROOT, checkpoint, command, environment, losses, metrics, run, run_until
+from tests.support.launching import ROOT, checkpoint, command, environment, losses, metrics, run_until
 
 JSONS = sorted(p.name for p in (ROOT / "ds_configs").glob("*.json"))
 YAMLS = sorted(p.stem for p in (ROOT / "launch" / "configs").glob("*.yaml"))
@@ -53,13 +52,8 @@ def test_every_yaml_with_every_json_dry_runs(config, json_name, tmp_path, monkey
         assert "which is not there yet" in out
     else:
         assert "FLOPs a token" in out and "memory a GPU" in out
+        assert config != "dense-26m" or "25,829,888" in out  # the count in ../shared/PRESETS.md
     assert not list(tmp_path.iterdir())  # nothing was written
-
-
-def test_dry_run_prints_the_models_numbers(tmp_path):
-    words = [*command("pretrain.py", ROOT / "ds_configs" / "zero2.json", {}, config="dense-26m"), "--dry-run"]
-    assert "25,829,888" in run(words, cwd=tmp_path).stdout  # ../shared/PRESETS.md's count
-    assert PRESETS["dense-26m"]["vocab_size"] == 6400
 
 
 def test_dry_run_and_config_errors_import_nothing_heavy(tmp_path):
@@ -78,16 +72,6 @@ def test_dry_run_and_config_errors_import_nothing_heavy(tmp_path):
         assert done.stdout.splitlines()[-1] == "[]"
         assert done.returncode == (2 if extra else 0)
     assert "did you mean `learning_rate`" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_problems_of_yaml_and_json_come_together(tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text('{"train_batch_size": 99, "bf16": {"enabled": true}, "zero_optimization": {"stage": 2}, "what": 1}')
-    done = run(command("pretrain.py", path, {"optim.learning_rate": -1}), cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert "3 problems" in done.stderr
-    for part in ("optim.learning_rate = -1", "train_batch_size = 99", "what is not a DeepSpeed key"):
-        assert part in done.stderr
 
 
 def test_the_launchers_ranks_save_and_leave_on_a_signal(tiny_settings, tmp_path):

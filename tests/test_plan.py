@@ -41,7 +41,7 @@ from minillm.settings.run import OptimSection, RunConfig
 from minillm.training.gradient_parity import MODELS, Case, run_config
 from minillm.training.muon import update_flops
 from minillm.training.optim import build_optimizer
-from tests.support.launching import ROOT, run
+from tests.support.launching import ROOT
 from tests.support.planned import measure
 from tests.support.toy_presets import toy_architecture, toy_model
 
@@ -89,18 +89,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def engines(request, tmp_path_factory) -> tuple[int, list]:
+def engines(request) -> tuple[int, list]:
     """Ranks, and what each rank of each case holds."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("states")
+    ranks = request.param
     if ranks == 1:  # this process is a rank already
         request.getfixturevalue("group")
         return ranks, [[measure(case, zero)] for case, zero in CASES[ranks]]
     cases = [[list(vars(case).values()), zero] for case, zero in CASES[ranks]]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    worker = str(ROOT / "tests" / "support" / "planned.py")
-    run([*launcher, worker, str(folder / "cases.json"), str(folder / "found.json")])
-    return ranks, json.loads((folder / "found.json").read_text())
+    return ranks, request.getfixturevalue("two_ranks").call("tests.support.planned:measure_everywhere", cases)
 
 
 def test_states_are_the_engines_to_the_byte(engines):

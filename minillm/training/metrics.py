@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
@@ -16,9 +17,11 @@ from minillm.training.step import StepResult
 from minillm.utils import distributed
 
 
+@functools.cache
 def measure_matmul_flops(dtype: torch.dtype, repeats: int = 6) -> float:
     """FLOP/s of a square matrix product on this rank's device, all ranks at once (CPU ranks share the cores).
 
+    It is measured once in a process: a run that rolls back builds its trainer again on the same machine.
     On a CPU without bf16 instructions the model multiplies bf16 through fp32, so the better of the two is the peak.
     """
     device = distributed.default_device()

@@ -10,7 +10,6 @@ median over the steps of its kind, in target tokens a second over all ranks. Pol
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import signal
@@ -21,11 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from measure import ROOT, parser_of
 
-from minillm.utils.threads import WAIT_VARIABLES, num_cores  # noqa: E402
-from tests.support.launching import TIMEOUT, command, environment, metrics  # noqa: E402
+from minillm.utils.threads import WAIT_VARIABLES, num_cores
+from tests.support.launching import TIMEOUT, command, environment, metrics
 
 POLICIES = {
     "before": {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": "all"},
@@ -43,10 +41,8 @@ SETTLE = 2.0  # seconds of a phase that do not count
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, rounds=2, cycles=1)  # cycles of the phases in one run
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--cycles", type=int, default=1, help="of the phases in one run")
     parser.add_argument("--seconds", type=float, default=20, help="of one phase")
     parser.add_argument("--policies", nargs="+", default=["before", "now"], choices=POLICIES)
     args = parser.parse_args()

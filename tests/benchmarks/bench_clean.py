@@ -5,7 +5,7 @@
 Both read .jsonl, repair Unicode (ftfy), mask e-mail and IP addresses, apply C4's rules (but the end of lines), Gopher's
 repetition and Gopher's quality rules with the published thresholds, and write .jsonl. Ours finds each text's language
 too (datatrove's needs a model from the network). datatrove splits English words and sentences with spaCy; it is timed a
-second time with words split at white space, as ours are. `clean_ours` and `clean_datatrove` are for other benchmarks.
+second time with words split at white space, as ours are.
 datatrove stands in an environment of its own: `pip install "datatrove[processing]" spacy`. The second rate is by
 processor time of all processes, which other work on the machine disturbs less; start-up is in both.
 """
@@ -15,40 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data" / "sft-samples" / "c4_demo.jsonl"
+from measure import ROOT, SHARED, parser_of, timed
+
+PAGES = SHARED / "sft-samples" / "c4_demo.jsonl"
 RULES = "gopher,c4,-c4_line_end"
-DATATROVE_PYTHON = os.environ.get("DATATROVE_PYTHON", "datatrove-venv/bin/python")
 
 
-def clean_ours(paths: list[Path], out: Path, workers: int) -> float:
-    """Clean `paths` into `out` by the command; wall seconds, start-up included."""
-    return _timed(
-        [sys.executable, "-m", "data_tools.clean", *paths, "--out", out, "--workers", workers, "--rules", RULES],
-        "--mask", "email,ip", "--unit-bytes", max(1, sum(path.stat().st_size for path in paths) // (4 * workers)),
-    )  # fmt: skip
-
-
-def clean_datatrove(paths: list[Path], out: Path, workers: int, plain_words: bool = False) -> float:
-    """The same by datatrove; `paths` lie in one folder. `plain_words` splits at white space instead of by spaCy."""
-    side = [DATATROVE_PYTHON, Path(__file__).resolve(), "--datatrove-side", out, "--workers", workers, *paths]
-    return _timed(side, *(["--plain-words"] if plain_words else []))
-
-
-def _timed(command: list[object], *more: object) -> float:
-    start = time.perf_counter()
-    done = subprocess.run([*map(str, command), *map(str, more)], cwd=ROOT, capture_output=True, text=True)
+def run(command: list[object]) -> None:
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command[:3]} failed:\n{done.stderr[-3000:]}")
-    return time.perf_counter() - start
 
 
 def datatrove_side(paths: list[Path], out: Path, workers: int, plain_words: bool) -> None:
@@ -90,12 +72,13 @@ def kept(folder: Path) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, copies=8, workers=2)
     parser.add_argument("paths", nargs="*", type=Path, metavar="FILE", help="(the C4 sample of ../shared/data)")
-    parser.add_argument("--copies", type=int, default=8, help="of the input, to make it long enough")
     parser.add_argument("--cores", help="comma-separated, such as 0,1 (default: all this process may use)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--datatrove-python", help="interpreter of an environment with datatrove and spacy")
+    parser.add_argument(
+        "--datatrove-python", default=os.environ.get("DATATROVE_PYTHON", "datatrove-venv/bin/python"),
+        help="interpreter of an environment with datatrove and spacy",
+    )  # fmt: skip
     parser.add_argument("--datatrove-side", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plain-words", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -104,36 +87,29 @@ def main() -> None:
         return
     if options.cores:
         os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
-    if options.datatrove_python:
-        global DATATROVE_PYTHON
-        DATATROVE_PYTHON = options.datatrove_python
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = copies(options.paths or [SHARED], folder / "in", options.copies, options.workers)
-        size = sum(path.stat().st_size for path in paths) / 1e6
-        sides = {"data_tools.clean": lambda out: clean_ours(paths, out, options.workers)}
-        if shutil.which(DATATROVE_PYTHON):
-            sides["datatrove"] = lambda out: clean_datatrove(paths, out, options.workers)
-            sides["datatrove, plain words"] = lambda out: clean_datatrove(paths, out, options.workers, True)
+        paths = copies(options.paths or [PAGES], folder / "in", options.copies, options.workers)
+        num_bytes = sum(path.stat().st_size for path in paths)
+        ours = [sys.executable, "-m", "data_tools.clean", *paths, "--workers", options.workers, "--rules", RULES,
+                "--mask", "email,ip", "--unit-bytes", max(1, num_bytes // (4 * options.workers)), "--out"]  # fmt: skip
+        theirs = [options.datatrove_python, Path(__file__).resolve(), *paths, "--workers", options.workers]
+        sides = {"data_tools.clean": ours}
+        if shutil.which(options.datatrove_python):
+            sides |= {"datatrove": [*theirs, "--datatrove-side"],
+                      "datatrove, plain words": [*theirs, "--plain-words", "--datatrove-side"]}  # fmt: skip
         else:
-            print(f"no datatrove at {DATATROVE_PYTHON}: name one with --datatrove-python")
-        seconds: dict[str, tuple[float, float]] = {}
-        for number, (side, run) in enumerate(sides.items()):
-            before = processor_seconds()
-            seconds[side] = run(folder / f"out{number}"), processor_seconds() - before
-        found = {side: kept(folder / f"out{number}") for number, side in enumerate(sides)}
+            print(f"no datatrove at {options.datatrove_python}: name one with --datatrove-python")
+        outs = {side: folder / f"out{number}" for number, side in enumerate(sides)}
+        seconds = {side: timed(lambda side=side: run([*sides[side], outs[side]])) for side in sides}
+        found = {side: kept(out) for side, out in outs.items()}
+    size = num_bytes / 1e6
     print(f"\n{size:.1f} MB, {options.workers} processes, start-up included")
     print(f"{'':26s}{'seconds':>9s}{'MB/s':>8s}{'MB/cpu-s':>10s}{'kept':>8s}{'also kept by ours':>20s}")
-    ours = found["data_tools.clean"]
+    also = found["data_tools.clean"]
     for side, (wall, cpu) in seconds.items():
         rates = f"{wall:9.1f}{size / wall:8.2f}{size / cpu:10.2f}"
-        print(f"{side:26s}{rates}{len(found[side]):8d}{len(found[side] & ours):20d}")
-
-
-def processor_seconds() -> float:
-    """Of all processes that were started and have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        print(f"{side:26s}{rates}{len(found[side]):8d}{len(found[side] & also):20d}")
 
 
 def copies(paths: list[Path], folder: Path, count: int, parts: int) -> list[Path]:

@@ -25,19 +25,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-SHARED = ROOT.parent / "shared" / "data"
+from measure import ROOT, SHARED, parser_of, ratio, sides_in_turn
+
+from tests.data_tools.planted_duplicates import (
+    EDITS,
+    distinct_texts,
+    edited,
+    measure_quality,
+    peak_of_command,
+    plant,
+    real_texts,
+    true_jaccard,
+)
+
 DATATROVE = Path(os.environ.get("DATATROVE_PYTHON", "datatrove-venv/bin/python"))
 SENTENCES_A_DOCUMENT = (8, 40)
 COPIES = 0.1  # share of near copies in the corpus for the speed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
+    parser = parser_of(__doc__, megabytes=40, rounds=3, workers=2)
     parser.add_argument("--datatrove", type=Path, default=DATATROVE)
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--memory", action="store_true")
@@ -56,8 +63,6 @@ def main() -> None:
 
 def write_corpus(folder: Path, num_bytes: int, files: int = 2, seed: int = 0) -> list[Path]:
     """Documents put together of the sentences of real English texts, a tenth of them near copies, in .jsonl files."""
-    from tests.benchmarks.planted import EDITS, edited, real_texts
-
     texts = real_texts(SHARED, chinese_poems=0)
     sentences = [s for kind in ("abstracts", "pages", "wiki") for text in texts[kind] for s in text.split(". ") if s]
     rng = random.Random(seed)
@@ -141,16 +146,13 @@ def print_speed(folder: Path, options: argparse.Namespace) -> None:
         sides["datatrove"] = lambda out: dedup_datatrove(paths, out, options.workers, options.datatrove)
     else:
         print(f"{options.datatrove} is not there: ours alone")
-    measured: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     kept: dict[str, int] = {}
-    for number in range(options.rounds):
-        for side, run in sides.items():
-            out = folder / f"{side}-{number}"
-            before, start = os.times(), time.perf_counter()
-            kept[side] = run(out)
-            wall, after = time.perf_counter() - start, os.times()
-            measured[side].append((wall, sum(after[2:4]) - sum(before[2:4])))
-            shutil.rmtree(out)
+
+    def run(side: str) -> None:
+        kept[side] = sides[side](folder / side)
+        shutil.rmtree(folder / side)
+
+    measured = sides_in_turn({side: lambda side=side: run(side) for side in sides}, options.rounds)
     size = f"{num_bytes / 1e6:.1f} MB, {num_documents:,} documents"
     print(f"\n{size}, {options.workers} processes, medians of {options.rounds}")
     print(f"{'':12s}{'seconds':>9s}{'MB/s':>8s}{'cpu-s':>8s}{'MB/cpu-s':>10s}{'kept':>10s}")
@@ -160,50 +162,15 @@ def print_speed(folder: Path, options: argparse.Namespace) -> None:
             f"{side:12s}{wall:9.2f}{num_bytes / wall / 1e6:8.2f}{cpu:8.2f}{num_bytes / cpu / 1e6:10.2f}{kept[side]:10,}"
         )
     if len(sides) == 2:
-        ratios = [
-            statistics.median(
-                theirs[kind] / ours[kind] for ours, theirs in zip(measured["ours"], measured["datatrove"])
-            )
-            for kind in (0, 1)
-        ]
-        print(f"ours is {ratios[0]:.1f} times as fast on the clock, {ratios[1]:.1f} times by processor time")
+        wall, cpu = ratio(measured["datatrove"], measured["ours"])
+        print(f"ours is {wall:.1f} times as fast on the clock, {cpu:.1f} times by processor time")
 
 
 # -- quality -----------------------------------------------------------------------------------------------------------
 
 
-def measure_quality(
-    pairs: list[tuple[str, str, str, float]], folder: Path, verify: str, workers: int | None = None, **options: object
-) -> tuple[list[bool], list[tuple[int, int]]]:
-    """Deduplicate texts and their planted copies.
-
-    Returns:
-        For every planted pair whether it was found (both in one cluster), and (removed, kept) document numbers of all
-        removals; text i is document 2 i, its copy 2 i + 1.
-    """
-    from data_tools.dedup import Duplicates, deduplicate
-
-    order = list(range(2 * len(pairs)))
-    random.Random(1).shuffle(order)
-    source = folder / "planted.jsonl"
-    with open(source, "w", encoding="utf-8") as file:
-        for number in order:
-            text = pairs[number // 2][number % 2]
-            file.write(json.dumps({"id": str(number), "text": text}, ensure_ascii=False) + "\n")
-    what = Duplicates(method="minhash", verify=verify, **options)
-    deduplicate([source], folder / f"out-{verify}", what, workers=workers)
-    kept = {number: number for number in order}
-    removals = []
-    with open(folder / f"out-{verify}" / "duplicates.jsonl", encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            kept[int(line["id"])] = int(line["kept"])
-            removals.append((int(line["id"]), int(line["kept"])))
-    return [kept[2 * i] == kept[2 * i + 1] for i in range(len(pairs))], removals
-
-
 def print_quality(folder: Path) -> None:
     from data_tools.deduplication.minhash import Bands, candidate_probability
-    from tests.benchmarks.planted import distinct_texts, plant, real_texts, true_jaccard
 
     texts = real_texts(SHARED, chinese_poems=4000)
     english = distinct_texts([text for kind in ("abstracts", "pages", "wiki") for text in texts[kind]])
@@ -238,21 +205,6 @@ def print_quality(folder: Path) -> None:
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def peak_of_command(arguments: list[object]) -> float:
-    """Deduplicate in one process; its greatest resident memory in MB.
-
-    VmHWM, not ru_maxrss: that one begins with what the process that started it had.
-    """
-    code = (
-        "import sys\nfrom data_tools.dedup import main\nmain(sys.argv[1:])\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    line = [sys.executable, "-c", code, *map(str, arguments), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) / 1024
 
 
 def print_memory(folder: Path) -> None:

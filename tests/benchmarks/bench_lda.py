@@ -7,7 +7,6 @@ Same documents, vocabulary, priors, passes and seed on both sides. Rows:
   whole          from a new process to the end. Ours: read the .csv, tokenise, learn phrases and vocabulary, fit, three
                  coherences, the documents' topics, tables (without pictures and page). Direct: tokens are given; fit,
                  gensim's CoherenceModel for the same three, the documents' topics
-  whole + page   the same, with all pictures and topics.html against pyLDAvis' own prepare and save_html (no pictures)
 `ratio` is the library's time over ours: above 1 ours is faster. Each side is run in turn, the best of the rounds is
 kept. CPU seconds are those of all processes: they say more than wall seconds where the machine has other work.
 """
@@ -17,30 +16,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from measure import ROOT, SHARED, parser_of, sides_in_turn
 
 TOPICS, PASSES, SWEEPS, SEED = 10, 50, 1000, 0
 ROW = "{:<14}{:<10}{:>12}{:>12}{:>8}{:>12}{:>12}{:>8}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--papers", type=Path, default=ROOT.parent / "shared" / "data" / "neurips-2022" / "papers.csv")
-    parser.add_argument("--limit", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--direct", nargs=3, metavar=("ENGINE", "TEXTS", "PAGE"), help=argparse.SUPPRESS)
+    parser = parser_of(__doc__, limit=1000, rounds=1)
+    parser.add_argument("--papers", type=Path, default=SHARED / "neurips-2022" / "papers.csv")
+    parser.add_argument("--direct", nargs=2, metavar=("ENGINE", "TEXTS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.direct:
-        direct(args.direct[0], Path(args.direct[1]), args.direct[2] == "page")
+        direct(args.direct[0], Path(args.direct[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare(args.papers, args.limit, Path(folder))
@@ -51,11 +46,8 @@ def main() -> None:
         print(f"{size}; {TOPICS} topics, {PASSES} passes or {SWEEPS} sweeps; {cores} cores")
         print(ROW.format("", "engine", "direct s", "ours s", "ratio", "direct cpu", "ours cpu", "ratio"))
         for name, engine, theirs, mine in rows(args, corpus, Path(folder)):
-            best = [[float("inf")] * 2 for _ in range(2)]
-            for _ in range(args.rounds):
-                for side, run in enumerate((theirs, mine)):
-                    best[side] = [min(pair) for pair in zip(best[side], timed(run), strict=True)]
-            (wall_theirs, cpu_theirs), (wall_mine, cpu_mine) = best
+            times = sides_in_turn({"theirs": theirs, "ours": mine}, args.rounds)
+            (wall_theirs, cpu_theirs), (wall_mine, cpu_mine) = (map(min, zip(*side)) for side in times.values())
             figures = [f"{wall_theirs:.1f}", f"{wall_mine:.1f}", f"{wall_theirs / wall_mine:.2f}",
                        f"{cpu_theirs:.1f}", f"{cpu_mine:.1f}", f"{cpu_theirs / cpu_mine:.2f}"]  # fmt: skip
             print(ROW.format(name, engine, *figures), flush=True)
@@ -91,38 +83,17 @@ def rows(args: argparse.Namespace, corpus, folder: Path):
     gibbs = Training(engine="gibbs", alpha=0.1, eta=0.01, iterations=SWEEPS, seed=SEED, start="random")
     yield "fit", "gensim", lambda: fit_gensim(texts), lambda: fit(corpus, TOPICS, gensim)
     yield "fit", "gibbs", lambda: fit_tomotopy(texts), lambda: fit(corpus, TOPICS, gibbs)
-    number = 0
-
-    def command(engine: str, page: bool) -> None:
-        nonlocal number
-        number += 1
-        line = [sys.executable, "-m", "data_tools.lda", args.papers, "--text-column", "abstract", "--limit", args.limit,
-                "--num-topics", TOPICS, "--engine", engine, "--start", "random", "--out", folder / f"out-{number}",
-                *([] if page else ["--no-page", "--no-pictures"])]  # fmt: skip
-        subprocess.run([str(part) for part in line], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-
-    def their_script(engine: str, page: bool) -> None:
-        line = [sys.executable, __file__, "--direct", engine, folder / "texts.json", "page" if page else "plain"]
-        subprocess.run([str(part) for part in line], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-
-    for page, name in ((False, "whole"), (True, "whole + page")):
-        for engine in ("gensim", "gibbs"):
-            yield (
-                name, engine, lambda engine=engine, page=page: their_script(engine, page),
-                lambda engine=engine, page=page: command(engine, page),
-            )  # fmt: skip
+    for engine in ("gensim", "gibbs"):
+        ours = [sys.executable, "-m", "data_tools.lda", args.papers, "--text-column", "abstract", "--limit", args.limit,
+                "--num-topics", TOPICS, "--engine", engine, "--start", "random", "--no-page", "--no-pictures",
+                "--out", folder / engine]  # fmt: skip
+        theirs = [sys.executable, __file__, "--direct", engine, folder / "texts.json"]
+        yield "whole", engine, partial(run, theirs, folder), partial(run, ours, ROOT)
 
 
-def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU seconds of this process and its children)."""
-
-    def cpu() -> float:
-        usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-    start, start_cpu = time.monotonic(), cpu()
-    run()
-    return time.monotonic() - start, cpu() - start_cpu
+def run(line: list[object], cwd: Path) -> None:
+    shutil.rmtree(line[-1], ignore_errors=True)  # the folder of the round before
+    subprocess.run([str(part) for part in line], check=True, stdout=subprocess.DEVNULL, cwd=cwd)
 
 
 def fit_gensim(texts: list[list[str]]):
@@ -148,7 +119,7 @@ def fit_tomotopy(texts: list[list[str]]):
     return model
 
 
-def direct(engine: str, path: Path, page: bool) -> None:
+def direct(engine: str, path: Path) -> None:
     """What a script without data_tools does after tokenising."""
     import numpy as np
     from gensim.corpora import Dictionary
@@ -171,18 +142,6 @@ def direct(engine: str, path: Path, page: bool) -> None:
         print(measure, found.get_coherence())
     with open("document_topics.json", "w") as file:
         json.dump(np.asarray(shares, dtype=float).tolist(), file)
-    if page:
-        import pyLDAvis
-        import pyLDAvis.gensim_models
-
-        if engine == "gensim":
-            prepared = pyLDAvis.gensim_models.prepare(model, corpus, dictionary, sort_topics=False)
-        else:
-            words = np.stack([model.get_topic_word_dist(topic) for topic in range(TOPICS)])
-            lengths = [len(document.words) for document in model.docs]
-            prepared = pyLDAvis.prepare(words, np.stack(shares), lengths, list(model.used_vocabs),
-                                        model.used_vocab_freq, sort_topics=False)  # fmt: skip
-        pyLDAvis.save_html(prepared, "topics.html")
 
 
 if __name__ == "__main__":

@@ -8,25 +8,19 @@ inputs, padding not counted. The second rate is by processor time, which other w
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from measure import parser_of
 
 ROW = "{:8s} {:>6s} {:>6s} {:>7s} {:>14s} {:>16s} {:>10s}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=40_000_000, help="size of the shards")
-    parser.add_argument("--seq-len", type=int, default=512)
-    options = parser.parse_args()
+    options = parser_of(__doc__, tokens=40_000_000, seq_len=512).parse_args()
 
     import torch
 

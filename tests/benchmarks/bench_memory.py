@@ -9,7 +9,6 @@ included, so they count more than a process costs. The goal is 500 MB a process 
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,10 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.benchmarks.corpus import standard_library_documents, write_jsonl  # noqa: E402
+from corpus import standard_library_documents, write_jsonl
+from measure import ROOT, parser_of
 
 STREAM = """
 import sys
@@ -38,7 +35,7 @@ loader.close()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
     options = parser.parse_args()

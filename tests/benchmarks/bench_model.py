@@ -9,28 +9,18 @@ Both models train (loss, backward) without an optimizer; the best of several rou
 
 from __future__ import annotations
 
-import argparse
-import time
+from measure import Stopwatch, add_device, parser_of
 
 ROW = "{:<6} {:<9} {:<8} {:>14} {:>12} {:>8} {:>8}"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = parser_of(__doc__, batch=4, seq_len=512, rounds=4)
+    add_device(parser)
     parser.add_argument("--preset", default="dense-26m")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1, help="one core a rank, as in training")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds, for a busy machine")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_arguments()
+    args = parser.parse_args()
     import torch
 
     from minillm.interop import to_transformers
@@ -38,39 +28,21 @@ def main() -> None:
     from minillm.settings.accounting import flops_per_token
     from minillm.settings.presets import PRESETS
 
-    torch.set_num_threads(args.threads)
-    fields, device = PRESETS[args.preset], torch.device(args.device)
-    shape = (args.batch, args.seq_len)
+    watch = Stopwatch(args)
+    fields, device, shape = PRESETS[args.preset], watch.device, (args.batch, args.seq_len)
     ids = torch.randint(0, fields["vocab_size"], shape, device=device)
-    document_ids = (torch.arange(args.seq_len, device=device) // 150).expand(shape)
-    position_ids = (torch.arange(args.seq_len, device=device) % 150).expand(shape)
+    places = torch.arange(args.seq_len, device=device)
     plain = {"input_ids": ids, "shift_labels": ids}
-    packed = {**plain, "document_ids": document_ids, "position_ids": position_ids}
-    theirs_inputs = {"input_ids": ids, "labels": ids, "shift_labels": ids}
-
-    def clock() -> float:
-        return time.perf_counter() if args.clock == "wall" else time.process_time() / args.threads
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(call) -> float:
-        synchronize()
-        start = clock()
-        call()
-        synchronize()
-        return clock() - start
+    packed = {**plain, "document_ids": (places // 150).expand(shape), "position_ids": (places % 150).expand(shape)}
 
     def product_rate(dtype: torch.dtype) -> float:
         a = torch.randn(2048, 2048, device=device, dtype=dtype)
-        return 2 * 2048**3 / min(seconds(lambda: a @ a) for _ in range(3))
+        return 2 * 2048**3 / watch.in_turn([lambda: a @ a], 3, warm_up=0)[0]
 
     # On a CPU without bf16 products, the rate that bf16 models can reach is that of fp32 products.
     peak = {"fp32": product_rate(torch.float32)}
     peak["bf16"] = max(peak["fp32"] if device.type == "cpu" else 0, product_rate(torch.bfloat16))
-    where = f"{args.threads} thread(s), torch {torch.__version__}, {device}"
-    print(f"{args.preset}, {args.batch} x {args.seq_len}, {where}")
+    print(f"{args.preset}, {args.batch} x {args.seq_len}, {watch.where}")
     print("matrix product, GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in peak.items()))
     print(ROW.format("dtype", "mode", "inputs", "ours tokens/s", "Llama", "ratio", "MFU"))
 
@@ -91,17 +63,12 @@ def main() -> None:
             torch._dynamo.reset()
             if mode == "compiled":
                 ours, theirs = torch.compile(ours), torch.compile(theirs)
-            steps = [step(ours, plain), step(ours, packed), step(theirs, theirs_inputs)]
-            best = [float("inf")] * len(steps)
-            for round_ in range(args.rounds + 2):
-                for i, call in enumerate(steps):
-                    took = seconds(call)
-                    if round_ >= 2:
-                        best[i] = min(best[i], took)
-            for inputs, took in (("plain", best[0]), ("packed", best[1])):
-                rate, llama = ids.numel() / took, ids.numel() / best[2]
+            steps = [step(ours, plain), step(ours, packed), step(theirs, {**plain, "labels": ids})]
+            *both, llama = watch.in_turn(steps, args.rounds, warm_up=2)
+            for inputs, took in zip(("plain", "packed"), both):
+                rate, theirs_rate = ids.numel() / took, ids.numel() / llama
                 mfu = rate * flops_per_token(fields, args.seq_len) / peak[name]
-                cells = (f"{rate:.0f}", f"{llama:.0f}", f"{rate / llama:.2f}", f"{mfu:.2f}")
+                cells = (f"{rate:.0f}", f"{theirs_rate:.0f}", f"{rate / theirs_rate:.2f}", f"{mfu:.2f}")
                 print(ROW.format(name, mode, inputs, *cells), flush=True)
 
 

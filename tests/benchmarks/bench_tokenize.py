@@ -9,25 +9,18 @@ results are thrown away; the compiler also reads and checks tars, writes, hashes
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tests.benchmarks.corpus import standard_library_documents, write_jsonl  # noqa: E402
+from corpus import standard_library_documents, write_jsonl
+from measure import parser_of, ratio, sides_in_turn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vocab-size", type=int, default=6400)
+    parser = parser_of(__doc__, megabytes=12, rounds=3, vocab_size=6400)
     parser.add_argument("--cores", help="comma-separated, such as 0,1 (default: all this process may use)")
     options = parser.parse_args()
     if options.cores:
@@ -61,30 +54,14 @@ def main() -> None:
             "encode_batch_fast": lambda: encode_with(backend.encode_batch_fast),
             "to shards": to_shards,
         }
-        measured: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-        for _ in range(options.rounds):
-            for side, run in sides.items():
-                measured[side].append(timed(run))
+        measured = sides_in_turn(sides, options.rounds)
     cores = len(os.sched_getaffinity(0))
     print(f"\n{num_bytes / 1e6:.1f} MB, {len(texts)} documents, {cores} cores, medians of {options.rounds} rounds")
     print(f"{'':20s}{'MB/s':>8s}{'of encode_batch':>17s}{'MB/cpu-s':>10s}{'of encode_batch':>17s}")
-    for side, values in measured.items():
-        line = f"{side:20s}"
-        for kind in (0, 1):
-            rate = statistics.median(num_bytes / value[kind] for value in values)
-            ratio = statistics.median(
-                theirs[kind] / ours[kind] for ours, theirs in zip(values, measured["encode_batch"])
-            )
-            line += f"{rate / 1e6:{(8, 10)[kind]}.2f}{ratio:17.2f}"
-        print(line)
-
-
-def timed(run: Callable[[], None]) -> tuple[float, float]:
-    """(seconds on the clock, seconds of processor time of this process and the children it waited for)."""
-    wall, before = time.perf_counter(), os.times()
-    run()
-    wall, after = time.perf_counter() - wall, os.times()
-    return wall, sum(after[:4]) - sum(before[:4])
+    for side, times in measured.items():
+        wall, cpu = (statistics.median(num_bytes / time[kind] for time in times) / 1e6 for kind in (0, 1))
+        of_wall, of_cpu = ratio(measured["encode_batch"], times)
+        print(f"{side:20s}{wall:8.2f}{of_wall:17.2f}{cpu:10.2f}{of_cpu:17.2f}")
 
 
 if __name__ == "__main__":

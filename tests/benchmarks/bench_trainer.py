@@ -22,21 +22,16 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from measure import ROOT, parser_of
 
-from tests.support.launching import environment, metrics, words  # noqa: E402
+from tests.support.launching import environment, metrics, words
 
 SKIP = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser = parser_of(__doc__, steps=12, ranks=2, seq_len=512, micro=4)
     parser.add_argument("--preset", default="dense-26m")
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--micro", type=int, default=4)
     parser.add_argument("--only", choices=["trainer", "minillm", "bare", "one-rank"], action="append")
     parser.add_argument("--worker", choices=["trainer", "bare"], help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -149,9 +144,7 @@ def bare_worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Path("data/python-docs")
-    sources = open_sources(
-        str(data / "shards/train"), tokenizer_path=data / "tokenizer", cache_dir=Path("data/cache")
-    )
+    sources = open_sources(str(data / "shards/train"), tokenizer_path=data / "tokenizer", cache_dir=Path("data/cache"))
     stream = build_stream(sources, seq_len=args.seq_len, packing="concat", seed=42)
     loader = BatchLoader(stream, train_batch_size=args.micro, micro_batch_size=args.micro, rank=0, world_size=1)
     torch.manual_seed(42)

@@ -16,8 +16,8 @@ from data_tools.deduplication import contamination as passes
 from data_tools.deduplication.evaluation import Lookup, build_index, read_sets
 from data_tools.records import TextField
 from minillm.utils.errors import UserError
-from tests.benchmarks.planted import real_texts, tokens
 from tests.data_tools.killing import killed_runs
+from tests.data_tools.planted_duplicates import real_texts, tokens
 from tests.support.launching import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"

@@ -21,8 +21,17 @@ from data_tools.deduplication.minhash import (
 from data_tools.deduplication.passes import Passes
 from data_tools.records import TextField
 from minillm.utils.errors import UserError
-from tests.benchmarks.planted import components, plant, real_texts, shingle_set, similar_pairs
 from tests.data_tools.killing import killed_runs
+from tests.data_tools.planted_duplicates import (
+    components,
+    distinct_texts,
+    measure_quality,
+    peak_of_command,
+    plant,
+    real_texts,
+    shingle_set,
+    similar_pairs,
+)
 from tests.support.launching import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -245,9 +254,6 @@ def test_input_that_changes_between_two_passes_is_an_error(tmp_path, monkeypatch
 @needs_shared
 def test_planted_duplicates_are_found_as_the_s_curve_says(tmp_path):
     """English and Chinese: candidates by Jaccard range within 4 standard deviations; verified ones by true Jaccard."""
-    from tests.benchmarks.bench_dedup import measure_quality
-    from tests.benchmarks.planted import distinct_texts
-
     found = real_texts(SHARED, chinese_poems=300)
     pairs = plant(distinct_texts(found["abstracts"][:500]) + distinct_texts(found["poems"]))
     met, _ = measure_quality(pairs, tmp_path, "none", workers=1)
@@ -298,8 +304,6 @@ def test_poems_against_all_pairs(tmp_path):
 @pytest.mark.slow
 def test_memory_does_not_follow_the_input(tmp_path):
     """Peak memory of the command for three units of text and for twelve."""
-    from tests.benchmarks.bench_dedup import peak_of_command
-
     peaks = []
     for units in (3, 12):
         path = write_records(tmp_path / f"{units}.jsonl", (words(400, number) for number in range(1700 * units)))

@@ -23,7 +23,7 @@ from data_tools.deduplication.minhash import (
 from data_tools.deduplication.runs import Runs, document_type, key_ranges, write_run
 from data_tools.deduplication.shingles import Shingles, shingle_hashes, shingles_of, tokenize, words_of
 from minillm.utils.errors import UserError
-from tests.benchmarks.planted import components, tokens
+from tests.data_tools.planted_duplicates import components, tokens
 
 MIXED = [
     "The quick brown fox jumps over the lazy dog, and the quick brown fox jumps again.",

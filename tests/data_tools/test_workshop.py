@@ -17,6 +17,7 @@ from data_tools.records import Rejected, TextField, find_units, iterate_records
 from data_tools.workshop import Stage, require, run_stage
 from minillm.utils.errors import UserError
 from tests.support.launching import ROOT, environment
+from tests.support.processes import wait_until_alone
 
 
 class Odd(Stage):
@@ -107,13 +108,15 @@ def test_a_killed_command_goes_on(corpus, tmp_path, workers):
     out = tmp_path / "out"
     words = [sys.executable, "-c", code, str(corpus), str(out)]
     for wanted in (2, 5):
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+        )
         while len(list((out / ".work").glob("odd-*.json"))) < wanted:
             assert process.poll() is None
             time.sleep(0.005)
         process.kill()
         process.wait()
-        time.sleep(1.3)  # the processes leave within a second
+        wait_until_alone(process)
         assert not (out / "summary.json").exists()
         assert all(path.read_bytes().endswith(b"\n") for path in out.glob("part-*"))
         done = {path: path.stat().st_mtime_ns for path in out.glob("part-*") if wanted == 5}

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,12 +21,12 @@ from minillm.run_folder import RunFolder
 from minillm.utils.files import manifest_problems
 from tests.faults.places import Place
 from tests.support.launching import ROOT, TIMEOUT, checkpoint, command, environment, losses, run, same_bits
+from tests.support.processes import session_of, wait_until_alone
 
 WRAPPER = ROOT / "tests" / "faults" / "kill_at.py"
 STEPS = 72
 EVERY = 3
 LAUNCHERS = {"command": b"deepspeed.launcher.runner", "launcher": b"deepspeed.launcher.launch"}  # parent, child
-GONE = 120  # seconds within which the rest of a run must have left
 
 
 @dataclass(frozen=True)
@@ -288,20 +287,6 @@ def metrics_so_far(folder: Path) -> list[dict]:
     return [json.loads(line) for line in whole_lines(path)] if path.exists() else []
 
 
-def session_of(process: subprocess.Popen) -> list[int]:
-    """The living processes that this command started, oldest first."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _, _, session = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
-            except OSError:
-                continue
-            if int(session) == process.pid and state != "Z":
-                found.append(int(entry.name))
-    return sorted(found)
-
-
 def victim_of(process: subprocess.Popen, victim: str) -> int | None:
     """The process to kill; None for all, or where it is not there yet."""
     if victim == "all":
@@ -320,18 +305,6 @@ def victim_of(process: subprocess.Popen, victim: str) -> int | None:
         if found:
             return pid
     return None
-
-
-def wait_until_alone(process: subprocess.Popen, log: Callable[[], str]) -> float:
-    """Until every process of the command is gone; the seconds it took."""
-    start = time.monotonic()
-    while left := session_of(process):
-        if time.monotonic() - start > GONE:
-            names = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left]
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(f"still alive after {GONE} s: {names}\n{log()}")
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def clean(root: Path) -> None:

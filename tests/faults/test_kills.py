@@ -23,10 +23,10 @@ from tests.faults.kills import (
     run_chain,
     unbroken,
     victim_of,
-    wait_until_alone,
     whole_lines,
 )
 from tests.support.launching import TIMEOUT, losses
+from tests.support.processes import wait_until_alone
 
 pytestmark = pytest.mark.faults
 SYNCHRONOUS, ASYNCHRONOUS = {"checkpoint.asynchronous": False}, {"checkpoint.asynchronous": True}

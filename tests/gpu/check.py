@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = ("dense-26m", "dense-171m", "dense-171m-eager", "moe-876m", "moe-876m-eager", "dense-of-moe-876m",
          "dense-171m-micro-64", "moe-876m-micro-32", "qwen3-next-mini")  # fmt: skip
-GPU_TESTS = "tests/test_plan.py tests/models/test_attention_options.py tests/models/test_gated_deltanet.py " \
+GPU_TESTS = "tests/test_plan.py tests/models/test_attention.py tests/models/test_gated_deltanet.py " \
             "tests/training/test_fp16.py tests/test_resume_bitwise.py"  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import torch
 from transformers import Cache, DynamicCache, StaticCache
 
 from minillm.models import MiniLLMForCausalLM
-from minillm.models.attention import attend
 from tests.support.toy_presets import toy_model
 
 MODEL = {"rtol": 1e-4, "atol": 1e-4}
@@ -60,35 +59,6 @@ def make_cache(model: MiniLLMForCausalLM, kind: str) -> Cache:
 
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(1, 101, shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def oracle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention written out in fp64, one head at a time."""
-    output = torch.empty_like(query, dtype=torch.float64)
-    for n in range(query.shape[1]):
-        k, v = (x[:, n * key.shape[1] // query.shape[1]].double() for x in (key, value))
-        scores = query[:, n].double() @ k.transpose(1, 2) / query.shape[-1] ** 0.5
-        output[:, n] = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1) @ v
-    return output
-
-
-@pytest.mark.parametrize("length", [1, 7, 129, 300])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attend_equals_written_out_attention(length, masked):
-    query, key, value = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
-    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, length, length)
-    if masked:
-        documents = torch.arange(length)[None] // torch.tensor([[5], [70]])
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-    expected_inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-    actual, expected = attend(*inputs, mask if masked else None), oracle(*expected_inputs, mask)
-    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
-    weights = torch.randn_like(actual)
-    (actual * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for ours, theirs in zip(inputs, expected_inputs):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_later_tokens_do_not_change_earlier_logits(model):

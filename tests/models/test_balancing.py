@@ -10,7 +10,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from minillm.models.balancing import TERMS, Routing, Tally, importance
 from minillm.models.loss import IGNORE, auxiliary_losses, counted_tokens
-from tests.support.sparse_block import SIGMOID, E, K, assert_same, block_of, config_of, inputs
+from tests.support.parity import assert_same
+from tests.support.sparse_block import SIGMOID, E, K, block_of, config_of, inputs
 
 ALL_TERMS = {term.field: 0.1 for term in TERMS.values()}
 

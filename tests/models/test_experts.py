@@ -9,18 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import minillm.models.linear as linear
-from tests.support.sparse_block import (
-    KINDS,
-    D,
-    H,
-    K,
-    assert_same,
-    block_of,
-    inputs,
-    outputs_and_gradients,
-    slow_experts,
-    spread,
-)
+from tests.support.parity import assert_same, outputs_and_gradients
+from tests.support.sparse_block import KINDS, D, H, K, block_of, inputs, slow_experts, spread
 
 
 class Applied(torch.nn.Module):

@@ -15,19 +15,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 
 from minillm.models.capacity import Capacity
 from minillm.models.moe import SparseMoE
-from tests.support.sparse_block import (
-    KINDS,
-    SIGMOID,
-    D,
-    E,
-    H,
-    K,
-    assert_same,
-    block_of,
-    inputs,
-    outputs_and_gradients,
-    sigmoid_toy,
-)
+from tests.support.parity import assert_same, outputs_and_gradients
+from tests.support.sparse_block import KINDS, SIGMOID, D, E, H, K, block_of, inputs, sigmoid_toy
 from tests.support.toy_presets import toy_model
 
 # transformers' own blocks

@@ -1,131 +1,175 @@
-"""Every mechanism, and the model made of them, against transformers' Llama with the same weights (fp32, CPU)."""
+"""Norms, dense feed-forward blocks and grouped-query attention against transformers' classes with the same weights.
+
+A row of MECHANISMS is one mechanism and the class that has it: outputs, and gradients of the input and of every
+parameter, in fp32. Latent attention, gated DeltaNet and experts have files of their own; whole models are compared in
+tests/interop/test_native_parity.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from torch import nn
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from minillm.models.attention import GroupedQueryAttention
-from minillm.models.configuration_minillm import MiniLLMConfig
-from minillm.models.mlp import SwiGLU
-from minillm.models.modeling_minillm import MiniLLMForCausalLM
-from minillm.models.normalization import RMSNorm
-from minillm.models.positions import RotaryEmbedding
+from minillm.models import MiniLLMConfig
+from minillm.models.attention import GroupedQueryAttention, build_attention_mask
+from minillm.models.mlp import build_dense_mlp
+from minillm.models.normalization import NORMS, build_norm
+from minillm.models.positions import ROPE_TYPES, RotaryEmbedding
+from tests.support.parity import assert_same, outputs_and_gradients, randomise
 
-MODULE, MODEL = 1e-5, 1e-4
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    # Llama gives no gradient to its padding row; ours trains it, because here padding is <|endoftext|>, a real token.
-    "pad_token_id": None,
-    "initializer_range": 0.2,  # wide, so that attention is far from uniform and logits far from equal
+SHAPE = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+         "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "vocab_size": 97, "num_hidden_layers": 1}  # fmt: skip
+SCALINGS = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+}
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Pair:
+    """Our module and theirs, how each is called on [2, length, 48], and their tensors under our names."""
+
+    ours: nn.Module
+    theirs: nn.Module
+    run_ours: Callable | None = None
+    run_theirs: Callable | None = None
+    renamed: Callable[[Tensors], Tensors] = dict
+    length: int = 20
+    spread: float = 0.2  # of the weights
+    scale: float = 1.0  # of the input
+    gradient: float = 1.0  # of the output's elements, at most
+
+
+def norm(norm_type: str, theirs: nn.Module) -> Pair:
+    config = MiniLLMConfig(hidden_size=48, norm_type=norm_type, rms_norm_eps=1e-3)
+    return Pair(build_norm(config), theirs, spread=1.0, scale=0.05)  # so small an input that eps is felt
+
+
+def swiglu() -> Pair:
+    config = llama.LlamaConfig(**SHAPE, intermediate_size=80)
+    return Pair(build_dense_mlp(MiniLLMConfig(hidden_size=48, mlp_type="swiglu"), 80), llama.LlamaMLP(config))
+
+
+def gelu_mlp() -> Pair:
+    config = MiniLLMConfig(hidden_size=48, mlp_type="mlp", mlp_bias=True, hidden_act="gelu_new")
+
+    def renamed(theirs: Tensors) -> Tensors:
+        ours = {name.replace("c_fc", "up_proj").replace("c_proj", "down_proj"): theirs[name] for name in theirs}
+        return {name: turned(value) for name, value in ours.items()}
+
+    theirs = GPT2MLP(64, GPT2Config(n_embd=48, resid_pdrop=0.0))
+    return Pair(build_dense_mlp(config, 64), theirs, renamed=renamed)
+
+
+def turned(value: torch.Tensor) -> torch.Tensor:
+    """GPT-2's Conv1D holds its weight [in, out]."""
+    return value.T if value.dim() == 2 else value
+
+
+def causal(length: int, window: int | None = None) -> torch.Tensor:
+    """The mask their eager attention adds to its scores."""
+    hidden = torch.ones(length, length).triu(1).bool()
+    if window is not None:
+        hidden |= torch.ones(length, length).tril(-window).bool()
+    return torch.zeros(length, length).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
+
+
+def attention(module, family: str, ours: dict | None = None, rope: dict | None = None, length=20, **theirs) -> Pair:
+    """Rotary attention of the first layer; `ours`: fields by our names, `rope` and `theirs`: by those of the family."""
+    heads = {name: theirs.pop(name) for name in SHAPE if name in theirs}
+    mine = MiniLLMConfig(**{**SHAPE, **heads, "rope_theta": 500.0, **(ours or {})})
+    rope = {"rope_theta": 500.0, "rope_type": "default", **(rope or {})}
+    config = getattr(module, f"{family}Config")(**{**SHAPE, **heads}, rope_parameters=rope, pad_token_id=None, **theirs)
+    config._attn_implementation = "eager"
+    window = mine.sliding_window
+    positions = torch.arange(3, 3 + length)[None].expand(2, length)
+    layer, other = GroupedQueryAttention(mine, 0), getattr(module, f"{family}Attention")(config, 0)
+    rotation, rotary = RotaryEmbedding(mine).rotation(positions), getattr(module, f"{family}RotaryEmbedding")(config)
+    mask = build_attention_mask(length, torch.device("cpu"), sliding_window=window)
+    return Pair(
+        layer, other, lambda x: layer(x, rotation, mask),
+        lambda x: other(x, rotary(x, positions), causal(length, window)), length=length,
+    )  # fmt: skip
+
+
+def scaled(rope_type: str) -> Pair:
+    scaling = {"rope_type": rope_type, **SCALINGS[rope_type]}
+    return attention(llama, "Llama", {"rope_scaling": scaling}, scaling)
+
+
+def windowed(length: int) -> Pair:
+    ours = {"layer_types": ["sliding_attention"], "sliding_window": 8}
+    pair = attention(mistral, "Mistral", ours, length=length, sliding_window=8)
+    return replace(pair, gradient=min(1.0, 20 / length))  # sums over so many rows round further apart
+
+
+def gated() -> Pair:
+    ours = {"qk_norm": True, "attention_output_gate": True, "norm_type": "zero_centered_rmsnorm",
+            "partial_rotary_factor": 0.25}  # fmt: skip
+    return attention(qwen3_next, "Qwen3Next", ours, {"partial_rotary_factor": 0.25}, layer_types=["full_attention"])
+
+
+def gpt2_attention() -> Pair:
+    fields = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
+    ours = GroupedQueryAttention(MiniLLMConfig(**fields, position_embedding_type="learned", attention_bias=True), 0)
+    config = GPT2Config(n_embd=48, n_head=6, attn_pdrop=0.0, resid_pdrop=0.0, attn_implementation="eager")
+    theirs = GPT2Attention(config, layer_idx=0)
+
+    def renamed(theirs: Tensors) -> Tensors:
+        found = {f"o_proj.{part}": turned(theirs[f"c_proj.{part}"]) for part in ("weight", "bias")}
+        for part in ("weight", "bias"):
+            for name, rows in zip("qkv", turned(theirs[f"c_attn.{part}"]).split(48)):
+                found[f"{name}_proj.{part}"] = rows
+        return found
+
+    return Pair(ours, theirs, None, lambda x: theirs(x, attention_mask=causal(20)), renamed)
+
+
+MECHANISMS: dict[str, Callable[[], Pair]] = {
+    "rmsnorm": lambda: norm("rmsnorm", llama.LlamaRMSNorm(48, eps=1e-3)),
+    "zero_centered_rmsnorm": lambda: norm("zero_centered_rmsnorm", qwen3_next.Qwen3NextRMSNorm(48, eps=1e-3)),
+    "layernorm": lambda: norm("layernorm", nn.LayerNorm(48, eps=1e-3)),  # GPT-2's
+    "SwiGLU of Llama": swiglu,
+    "MLP of GPT-2": gelu_mlp,
+    "multi-head attention of Llama": lambda: attention(llama, "Llama", num_key_value_heads=6),
+    "grouped queries of Llama": lambda: attention(llama, "Llama"),
+    "multi-query attention of Llama": lambda: attention(llama, "Llama", num_key_value_heads=1),
+    "biases of Llama": lambda: attention(llama, "Llama", {"attention_bias": True}, attention_bias=True),
+    **{f"{rope_type} of Llama": lambda rope_type=rope_type: scaled(rope_type) for rope_type in SCALINGS},
+    "norms on queries and keys of Qwen3": lambda: attention(qwen3, "Qwen3", {"qk_norm": True}),
+    "a window longer than the row of Mistral": lambda: windowed(5),
+    "a window of Mistral": lambda: windowed(20),
+    "a window of Mistral, blocks of queries": lambda: windowed(300),
+    "gate, partial rotary positions and zero-centred norms of Qwen3-Next": gated,
+    "attention of GPT-2": gpt2_attention,
 }
 
 
-def ours_and_theirs(**changes) -> tuple[MiniLLMConfig, LlamaConfig]:
-    fields = {**SHAPE, "tie_word_embeddings": True, **changes}
-    theirs = LlamaConfig(**fields, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
-    theirs._attn_implementation = "eager"
-    return MiniLLMConfig(**fields, rope_theta=5000.0), theirs
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_mechanism_equals_the_class_that_has_it(name):
+    pair = MECHANISMS[name]()
+    randomise(pair.theirs, pair.spread)
+    pair.ours.load_state_dict(pair.renamed(pair.theirs.state_dict()), strict=True)
+    x = torch.randn(2, pair.length, 48, generator=torch.Generator().manual_seed(2)) * pair.scale
+    theirs = outputs_and_gradients(pair.theirs, x, pair.run_theirs, pair.gradient)
+    ours = outputs_and_gradients(pair.ours, x, pair.run_ours, pair.gradient)
+    both = {name: theirs.pop(name) for name in ("output", "input")}
+    assert_same(ours, both | pair.renamed(theirs))
 
 
-def copy_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
-    weights = {name.replace(".self_attn.", ".mixer."): value for name, value in theirs.state_dict().items()}
-    ours.load_state_dict(weights, strict=True)
-
-
-def assert_same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module, tolerance: float) -> None:
-    expected = {n.replace(".self_attn.", ".mixer."): p.grad for n, p in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def test_rmsnorm_equals_llama():
-    ours, theirs = RMSNorm(ours_and_theirs()[0], 48), LlamaRMSNorm(48, eps=1e-5)
-    weight = torch.randn(48)
-    x = torch.randn(2, 5, 48)
-    for norm in (ours, theirs):
-        norm.weight.data.copy_(weight)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    torch.testing.assert_close(ours(a), theirs(b), rtol=MODULE, atol=MODULE)
-    ours(a).square().sum().backward()
-    theirs(b).square().sum().backward()
-    torch.testing.assert_close(a.grad, b.grad, rtol=MODULE, atol=MODULE)
-    assert_same_gradients(ours, theirs, MODULE)
-
-
-def test_swiglu_equals_llama():
-    config, llama = ours_and_theirs()
-    ours, theirs = SwiGLU(config, config.intermediate_size), LlamaMLP(llama)
-    copy_weights(ours, theirs)
-    x = torch.randn(2, 5, 48)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=MODULE, atol=MODULE)
-    ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    assert_same_gradients(ours, theirs, MODULE)
-
-
-@pytest.mark.parametrize("key_value_heads", [6, 2, 1])
-def test_attention_equals_llama(key_value_heads):
-    config, llama = ours_and_theirs(num_key_value_heads=key_value_heads)
-    ours, theirs = GroupedQueryAttention(config, 0), LlamaAttention(llama, 0)
-    copy_weights(ours, theirs)
-    x, position_ids = torch.randn(2, 9, 48), torch.arange(3, 12)[None].expand(2, 9)
-    causal = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)[None, None]
-    expected, _ = theirs(x, LlamaRotaryEmbedding(llama)(x, position_ids), causal)
-    actual = ours(x, RotaryEmbedding(config).rotation(position_ids))
-    torch.testing.assert_close(actual, expected, rtol=MODULE, atol=MODULE)
-    actual.square().sum().backward()
-    expected.square().sum().backward()
-    assert_same_gradients(ours, theirs, MODULE)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("key_value_heads", [6, 2])
-def test_model_equals_llama(tied, key_value_heads):
-    config, llama = ours_and_theirs(tie_word_embeddings=tied, num_key_value_heads=key_value_heads)
-    ours, theirs = MiniLLMForCausalLM(config), LlamaForCausalLM(llama)
-    copy_weights(ours, theirs)
-    ids = torch.randint(0, 97, (2, 33))
-    labels = ids.masked_fill(torch.rand(2, 33) < 0.3, -100)
-    expected = theirs(ids, labels=labels)
-    actual = ours(ids, labels=labels, return_logits=True)
-    torch.testing.assert_close(actual.logits, expected.logits, rtol=MODEL, atol=MODEL)
-    torch.testing.assert_close(actual.loss, expected.loss, rtol=MODEL, atol=MODEL)
-    actual.loss.backward()
-    expected.loss.backward()
-    assert_same_gradients(ours, theirs, MODEL)
-
-
-def test_padded_batch_equals_llama():
-    config, llama = ours_and_theirs()
-    ours, theirs = MiniLLMForCausalLM(config).eval(), LlamaForCausalLM(llama).eval()
-    copy_weights(ours, theirs)
-    ids, mask = torch.randint(0, 97, (2, 12)), torch.ones(2, 12, dtype=torch.long)
-    mask[0, :5] = 0
-    expected = theirs(ids, attention_mask=mask).logits
-    actual = ours(ids, attention_mask=mask).logits
-    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=MODEL, atol=MODEL)
-
-
-def test_greedy_generation_equals_llama():
-    config, llama = ours_and_theirs()
-    ours, theirs = MiniLLMForCausalLM(config).eval(), LlamaForCausalLM(llama).eval()
-    copy_weights(ours, theirs)
-    ids, mask = torch.randint(1, 97, (3, 7)), torch.ones(3, 7, dtype=torch.long)
-    mask[1, :3] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": 96, "pad_token_id": 0}
-    for cache in ("dynamic", "static"):
-        actual = ours.generate(ids, cache_implementation=cache, disable_compile=True, **options)
-        assert torch.equal(actual, theirs.generate(ids, **options)), cache
+def test_every_norm_and_scaling_has_a_row():
+    assert set(NORMS) <= set(MECHANISMS)
+    assert set(SCALINGS) | {"default"} == set(ROPE_TYPES)

@@ -10,17 +10,16 @@ from deepspeed.moe.sharded_moe import TopKGate
 
 from minillm.models import MiniLLMForCausalLM
 from minillm.models.moe import SparseMoE
+from tests.support.parity import assert_same, outputs_and_gradients
 from tests.support.sparse_block import (
     PLAIN,
     SIGMOID,
     D,
     E,
     K,
-    assert_same,
     block_of,
     config_of,
     inputs,
-    outputs_and_gradients,
     sigmoid_toy,
     slow_experts,
     spread,

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.support.processes import wait_until_alone
+
 if TYPE_CHECKING:
     import torch
 
@@ -91,7 +93,7 @@ def run_until(words_of_command: list[str], condition, cwd: Path, number: int, to
     os.killpg(process.pid, number) if to_group else os.kill(process.pid, number)
     code = process.wait(timeout=TIMEOUT)
     if number == signal.SIGKILL:
-        time.sleep(0.5)  # children of the launcher that got the signal too
+        wait_until_alone(process)  # children of the launcher got the signal too
     log.close()
     return code
 

@@ -11,10 +11,11 @@ from collections import Counter
 
 import pytest
 
-LONGEST = ["test_resume_bitwise.py", "test_every_preset.py", "test_expert_parallel.py", "test_same_losses.py",
-           "test_supervise.py", "test_preflight.py", "test_recovery.py", "test_topology.py", "test_watch.py",
-           "test_readme.py", "test_plan.py", "test_commands.py", "test_crawl.py", "test_export.py",
-           "test_parity.py", "test_golden.py", "test_corpus.py", "test_chat.py", "test_char_tiny.py"]  # fmt: skip
+LONGEST = ["test_resume_bitwise.py", "test_every_preset.py", "test_preflight.py", "test_expert_parallel.py",
+           "test_supervise.py", "test_watch.py", "test_readme.py", "test_old_run.py", "test_muon.py",
+           "test_same_losses.py", "test_recovery.py", "test_golden.py", "test_crawl.py", "test_commands.py",
+           "test_export.py", "test_plan.py", "test_topology.py", "test_trackers.py", "test_chat.py",
+           "test_gradient_parity.py", "test_char_tiny.py", "test_corpus.py", "test_main.py"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -1,21 +1,14 @@
-"""What an engine really holds, measured in a group of ranks for tests/test_plan.py.
-
-python -m torch.distributed.run --nproc_per_node N tests/support/planned.py CASES OUT
-
-CASES: a JSON list of [words of training.parity.Case, zero_optimization keys]. OUT: [case][rank] -> bytes.
-"""
+"""What an engine really holds, measured in a group of ranks for tests/test_plan.py."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from minillm.training.engine import build_engine, process_group
+from minillm.training.engine import build_engine
 from minillm.training.gradient_parity import Case, build_batches, build_toy, run_config
 from minillm.training.step import take_step
 from minillm.training.zero_state import base_optimizer
@@ -84,18 +77,8 @@ def offloaded(engine, stage: int, weights, summed, kept, masters) -> dict[str, d
     return {"parameters": weights, "gradients": summed, "optimizer": {}, "host": {**host, **storages(passing)}}
 
 
-def main() -> None:
-    cases = json.loads(open(sys.argv[1]).read())  # noqa: SIM115
-    with process_group():
-        found = []
-        for words, zero in cases:
-            everyone: list = [None] * distributed.world_size()
-            dist.all_gather_object(everyone, measure(Case(*words), zero))
-            found.append(everyone)
-        if distributed.rank() == 0:
-            with open(sys.argv[2], "w") as out:
-                json.dump(found, out)
-
-
-if __name__ == "__main__":
-    main()
+def measure_everywhere(words: list, zero: dict) -> list[dict[str, int]]:
+    """`measure` of Case(*words) on every rank."""
+    everyone: list = [None] * distributed.world_size()
+    dist.all_gather_object(everyone, measure(Case(*words), zero))
+    return everyone

@@ -1,4 +1,4 @@
-"""Sparse blocks for tests: small, every parameter random, compared with their gradients; experts in plain loops."""
+"""Sparse blocks for tests: small, every parameter random; experts in plain loops."""
 
 from __future__ import annotations
 
@@ -41,25 +41,6 @@ def block_of(seed: int = 0, **changes) -> SparseMoE:
 def inputs(batch: int = 2, time: int = 9, seed: int = 1) -> torch.Tensor:
     torch.manual_seed(seed)
     return torch.randn(batch, time, D)
-
-
-def outputs_and_gradients(block, x: torch.Tensor, call=None) -> dict[str, torch.Tensor]:
-    """The output of `call` (default: the block), and the gradients of the input and of every parameter by name."""
-    x = x.clone().requires_grad_()
-    block.zero_grad()
-    y = (call or block)(x)
-    y = y[0] if isinstance(y, tuple) else y
-    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
-    gradients = {name.replace("shared_experts", "shared_expert"): p.grad for name, p in block.named_parameters()}
-    return {"output": y.detach(), "input": x.grad} | gradients
-
-
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(
-            ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
 
 
 def slow_experts(experts, x, weights, indices, activation=F.silu):

@@ -1,7 +1,7 @@
 """Every architecture through the whole trainer, at toy size on two ranks: it learns, equals plain torch, and resumes.
 
-Two starts of two ranks train them (presets that repeat a mechanism are slow tests): in the first each runs straight
-through; in the second, new processes, a copy of what was left half-way goes on. Laws 1 and 2 of the project for each
+Two ranks train them (presets that repeat a mechanism are slow tests): each straight through, and then in new processes
+a copy of what was left half-way goes on. Laws 1 and 2 of the project for each
 mechanism: bitwise the same after the break (weights, moments, balancing biases, every loss), and the same losses as one
 forward pass over the whole batch in plain torch, at ZeRO-2 and ZeRO-3. Balancing terms and multi-token losses are on:
 their split over ranks is tested too.
@@ -9,9 +9,7 @@ their split over ranks is tested too.
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,8 @@ from minillm.settings.presets import PRESETS
 from minillm.settings.run import OptimSection
 from minillm.training.expert_load import update_router_biases
 from minillm.training.optim import build_parameter_groups
-from tests.support.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
+from tests.support.launching import checkpoint, losses, metrics, same_bits
+from tests.support.ranks import Ranks
 from tests.support.toy_presets import toy_fields
 
 STEPS, HALF, COMPARED, BATCH, RATE, CLIP, DECAY = 20, 10, 4, 8, 3e-3, 1.0, 0.1
@@ -97,13 +96,7 @@ def plain_torch(name: str, settings: dict) -> list[float]:
     return found
 
 
-def start_two_ranks(cases: list[dict], path: Path) -> None:
-    path.write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
-
-
-def train_all(names: list[str], tiny_settings: dict, root: Path) -> Path:
+def train_all(names: list[str], tiny_settings: dict, root: Path, ranks: Ranks) -> Path:
     first, second = [], []
     for name in names:
         for kind, (deepspeed, steps) in KINDS.items():
@@ -115,23 +108,24 @@ def train_all(names: list[str], tiny_settings: dict, root: Path) -> Path:
             first.append({"settings": settings, "deepspeed": deepspeed})
         settings = settings_of(name, tiny_settings, root, f"{name}-broken", STEPS)
         second.append({"settings": settings, "deepspeed": FP32})
-    start_two_ranks(first, root / "first.json")
+    ranks.train(first)
     for name in names:
         shutil.copytree(root / name, root / f"{name}-broken")
         shutil.rmtree(root / f"{name}-broken" / "checkpoints" / f"step-{STEPS:06d}")
-    start_two_ranks(second, root / "second.json")
+    ranks.stop()  # what goes on does so in new processes
+    ranks.train(second)
     return root
 
 
 @pytest.fixture(scope="module")
-def default_runs(tiny_settings, tmp_path_factory) -> Path:
-    return train_all(DEFAULT, tiny_settings, tmp_path_factory.mktemp("presets"))
+def default_runs(tiny_settings, two_ranks, tmp_path_factory) -> Path:
+    return train_all(DEFAULT, tiny_settings, tmp_path_factory.mktemp("presets"), two_ranks)
 
 
 @pytest.fixture(scope="module")
-def other_runs(tiny_settings, tmp_path_factory) -> Path:
+def other_runs(tiny_settings, two_ranks, tmp_path_factory) -> Path:
     others = [name for name in NAMES if name not in DEFAULT]
-    return train_all(others, tiny_settings, tmp_path_factory.mktemp("presets"))
+    return train_all(others, tiny_settings, tmp_path_factory.mktemp("presets"), two_ranks)
 
 
 @pytest.fixture

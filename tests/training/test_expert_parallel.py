@@ -1,15 +1,14 @@
 """Experts shared out among two ranks: the same losses as plain torch, bitwise resume, and resume with another backend.
 
-One start of two ranks runs every case straight through; in other starts, new processes, copies of what was left
-half-way go on: on two ranks with the same backend or another, on one rank, and on four, where ranks share experts as
-well as share them out. By default six runs, one of each law (QUICK); all of them are slow.
+Two ranks run every case straight through; copies of what was left half-way go on in new processes: on two ranks with
+the same backend or another, on one rank, and on four, where ranks share experts as well as share them out. By default
+six runs, one of each law (QUICK); all of them are slow.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,8 @@ import torch
 from minillm.interop import native_family, to_transformers
 from minillm.interop.convert import load_as_minillm
 from minillm.settings.presets import PRESETS
-from tests.support.launching import ROOT, TIMEOUT, checkpoint, losses, metrics, run, same_bits
+from tests.support.launching import checkpoint, losses, metrics, same_bits
+from tests.support.ranks import Ranks
 from tests.support.toy_presets import toy_fields
 
 STEPS, HALF = 6, 3
@@ -84,12 +84,6 @@ def case(name: str, settings: dict, root: Path, runs: Runs, **changes: object) -
     return {"settings": own | changes, "deepspeed": deepspeed}
 
 
-def start(ranks: int, cases: list[dict], path: Path) -> None:
-    path.write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(path)], timeout=2 * TIMEOUT)
-
-
 def half_of(root: Path, name: str, copy: str) -> str:
     shutil.copytree(root / name, root / copy)
     shutil.rmtree(root / copy / "checkpoints" / f"step-{STEPS:06d}")
@@ -104,9 +98,9 @@ def each(names) -> list:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def train_all(names: list[str], settings: dict, root: Path) -> Path:
+def train_all(names: list[str], settings: dict, root: Path, ranks: Ranks) -> Path:
     """Straight through, and then in new processes what SAME and OTHER say of these names."""
-    start(2, [case(name, settings, root, STRAIGHT) for name in names], root / "first.json")
+    ranks.train([case(name, settings, root, STRAIGHT) for name in names])
     second = []
     for name in names:
         if name in SAME:
@@ -117,18 +111,19 @@ def train_all(names: list[str], settings: dict, root: Path) -> Path:
             copy = half_of(root, name, other_name(name, backend, size, stage))
             changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": size}
             second.append(case(name, settings, root, STRAIGHT, deepspeed=deepspeed, **changes))
-    start(2, second, root / "second.json")
+    ranks.stop()
+    ranks.train(second)
     return root
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_settings, tmp_path_factory) -> Path:
-    return train_all(QUICK, tiny_settings, tmp_path_factory.mktemp("experts"))
+def trained(tiny_settings, two_ranks, tmp_path_factory) -> Path:
+    return train_all(QUICK, tiny_settings, tmp_path_factory.mktemp("experts"), two_ranks)
 
 
 @pytest.fixture(scope="module")
-def all_trained(trained, tiny_settings) -> Path:
-    return train_all([name for name in STRAIGHT if name not in QUICK], tiny_settings, trained)
+def all_trained(trained, two_ranks, tiny_settings) -> Path:
+    return train_all([name for name in STRAIGHT if name not in QUICK], tiny_settings, trained, two_ranks)
 
 
 @pytest.fixture
@@ -146,13 +141,15 @@ def elsewhere(all_trained, tiny_settings) -> Path:
         changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": 1}
         third.append(case(name, tiny_settings, root, STRAIGHT, **changes))
         third[-1]["deepspeed"] = FP32[1]
-    start(1, third, root / "third.json")
+    with Ranks(1) as one:
+        one.train(third)
     fourth = []
     for name, deepspeed, backend, size in ON_FOUR_RANKS:
         copy = half_of(root, name, f"{name}-four-ranks")
         changes = {"run_name": copy, "model.moe_backend": backend, "model.expert_parallel_size": size}
         fourth.append(case(name, tiny_settings, root, STRAIGHT, deepspeed=deepspeed, **changes))
-    start(4, fourth, root / "fourth.json")
+    with Ranks(4) as four:
+        four.train(fourth)
     return root
 
 
@@ -259,8 +256,8 @@ def check_export(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_presets_recomputation_and_offload(tiny_settings, tmp_path):
-    start(2, [case(name, tiny_settings, tmp_path, MORE) for name in MORE], tmp_path / "cases.json")
+def test_other_presets_recomputation_and_offload(tiny_settings, two_ranks, tmp_path):
+    two_ranks.train([case(name, tiny_settings, tmp_path, MORE) for name in MORE])
     for name, (preset, *_) in MORE.items():
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / f"{preset}-torch"), rel=1e-5), name
     for preset in OTHERS:
@@ -268,12 +265,12 @@ def test_other_presets_recomputation_and_offload(tiny_settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rest_of_the_model_may_be_compiled(tiny_settings, tmp_path):
+def test_the_rest_of_the_model_may_be_compiled(tiny_settings, two_ranks, tmp_path):
     """torch.compile leaves the experts alone; training and validation, fp32 and bf16."""
     runs = {name: STRAIGHT[name] for name in ("mixtral-mini-torch", "mixtral-mini-deepspeed", "mixtral-mini-autoep",
                                               "mixtral-mini-bf16-autoep")}  # fmt: skip
     compiled = {"train.compile": True, "train.max_steps": 2}
-    start(2, [case(name, tiny_settings, tmp_path, runs, **compiled) for name in runs], tmp_path / "cases.json")
+    two_ranks.train([case(name, tiny_settings, tmp_path, runs, **compiled) for name in runs])
     expected = losses(tmp_path / "mixtral-mini-torch")
     for name in runs:
         assert losses(tmp_path / name) == pytest.approx(expected, rel=5e-3 if "bf16" in name else 1e-5), name

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 
-from minillm.training.gradient_parity import MODELS, TOLERANCE, Case, Result, legal_cases
+from minillm.training.gradient_parity import MODELS, TOLERANCE, Case, Result, legal_cases, run_case
+from minillm.utils import distributed
 from tests.support.launching import run
 
 CASES = [
@@ -23,39 +23,25 @@ CASES = [
     Case("tied", "bf16", 2, 3, optimizer="muon"),
     Case("sigmoid experts, multi-token", "fp32", 2, 1, "deepspeed", 2, optimizer="muon"),
 ]
-WORKER = """
-import json, sys
-from minillm.training.engine import process_group
-from minillm.training.gradient_parity import Case, run_case
-from minillm.utils import distributed
 
-def plant(factor):
-    def disturb(module):
+
+def on_a_rank(words: list, factor: float) -> list:
+    """The errors of a case; the gradients of rank 1's experts of one layer are `factor` times what they should be."""
+
+    def disturb(module) -> None:
         for name, parameter in module.named_parameters():
             if "layers.1.mlp" in name and "experts" in name and distributed.rank() == 1:
                 parameter.register_hook(lambda gradient: gradient * factor)
-    return disturb
 
-cases = [Case(*words) for words in json.load(open(sys.argv[1]))]
-with process_group():
-    results = [run_case(case) for case in cases]
-    planted = [
-        run_case(case, plant(1.001 if case.precision == "fp32" else 2.0)) for case in cases if case.expert_parallel > 1
-    ]
-    if distributed.rank() == 0:
-        rows = [[r.gradient, r.weight, r.norm] for r in results + planted]
-        json.dump(rows, open(sys.argv[2], "w"))
-"""
+    result = run_case(Case(*words), *([disturb] if factor != 1 else []))
+    return [result.gradient, result.weight, result.norm]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list:
-    folder = tmp_path_factory.mktemp("parity")
-    (folder / "worker.py").write_text(WORKER)
-    (folder / "cases.json").write_text(json.dumps([list(vars(case).values()) for case in CASES]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*launcher, str(folder / "worker.py"), str(folder / "cases.json"), str(folder / "found.json")])
-    return json.loads((folder / "found.json").read_text())
+def found(two_ranks) -> list:
+    planted = [(case, 1.001 if case.precision == "fp32" else 2.0) for case in CASES if case.expert_parallel > 1]
+    arguments = [[list(vars(case).values()), factor] for case, factor in [*((case, 1) for case in CASES), *planted]]
+    return two_ranks.call("tests.training.test_gradient_parity:on_a_rank", arguments)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))

@@ -1,16 +1,14 @@
 """Muon against its definition in fp64 by singular value decomposition, against torch's own, and under every ZeRO stage.
 
-One start of two ranks trains all that needs two (QUICK; another the slow rest); the losses have to be those of a plain
+Two ranks train all that needs two (QUICK, or the slow rest); the losses have to be those of a plain
 torch loop with the definition for an optimizer.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -21,7 +19,8 @@ from minillm.training.muon_exchange import Matrix, share_out
 from minillm.training.optim import build_optimizer, moments_of
 from minillm.utils.errors import UserError
 from tests.support.in_process import train
-from tests.support.launching import ROOT, checkpoint, losses, run, same_bits
+from tests.support.launching import checkpoint, losses, same_bits
+from tests.support.ranks import Ranks
 from tests.support.toy_presets import toy_fields, toy_model
 from tests.training.test_same_losses import BF16, DECAY, FP32, RATE, adamw, plain_torch, zero
 from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
@@ -272,23 +271,20 @@ def cases_of(settings: dict, root) -> dict[str, list[dict]]:
     }  # fmt: skip
 
 
-def train_all(names: set[str], settings: dict, root, ranks: int = 2) -> None:
-    starts = [start for name, of_run in cases_of(settings, root).items() if name in names for start in of_run]
-    (root / "cases.json").write_text(json.dumps(starts))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(root / "cases.json")])
+def train_all(names: set[str], settings: dict, root, ranks: Ranks) -> None:
+    ranks.train([start for name, of_run in cases_of(settings, root).items() if name in names for start in of_run])
 
 
 @pytest.fixture(scope="module")
-def trained(settings, tmp_path_factory):
+def trained(settings, two_ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("muon")
-    train_all(QUICK, settings, root)
+    train_all(QUICK, settings, root, two_ranks)
     return root
 
 
 @pytest.fixture(scope="module")
-def all_trained(trained, settings):
-    train_all(cases_of(settings, trained).keys() - QUICK, settings, trained)
+def all_trained(trained, two_ranks, settings):
+    train_all(cases_of(settings, trained).keys() - QUICK, settings, trained, two_ranks)
     return trained
 
 
@@ -331,7 +327,8 @@ def test_shared_out_experts_train_as_experts_in_one_place(runs, name):
 def test_four_ranks_share_experts_out_and_share_them(trained, expected, settings, tmp_path):
     """Matrices in more pieces, and experts whose states are shared out among two of the ranks."""
     chosen = {"zero1", "zero3", "experts-deepspeed", "experts-autoep"}
-    train_all(chosen, settings, tmp_path, ranks=4)
+    with Ranks(4) as four:
+        train_all(chosen, settings, tmp_path, four)
     for name in chosen:
         straight = losses(trained / "experts-torch") if name.startswith("experts") else expected
         assert losses(tmp_path / name) == pytest.approx(straight, rel=1e-5), name

@@ -7,8 +7,6 @@ give micro-batches with very uneven numbers of targets, so a mean of means would
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,8 @@ from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.settings.presets import preset
 from minillm.settings.run import OptimSection
 from tests.support.in_process import train
-from tests.support.launching import ROOT, losses, run
+from tests.support.launching import losses
+from tests.support.ranks import Ranks
 
 STEPS, BATCH, RATE, CLIP, DECAY = 6, 8, 3e-3, 0.5, 0.1
 FP32 = {"bf16": {"enabled": False}}
@@ -104,15 +103,16 @@ def cases_for(ranks: int, settings: dict[str, dict], root: Path) -> dict[str, di
 
 @pytest.mark.parametrize("ranks", [1, 2, *(pytest.param(many, marks=pytest.mark.slow) for many in (4, 8))])
 @pytest.mark.usefixtures("group")
-def test_losses_equal_plain_torch(ranks, settings, tmp_path):
+def test_losses_equal_plain_torch(ranks, settings, two_ranks, tmp_path):
     cases = cases_for(ranks, settings, tmp_path)
     if ranks == 1:  # this process is a rank already
         for case in cases.values():
             train(**case)
+    elif ranks == 2:
+        two_ranks.train(list(cases.values()))
     else:
-        (tmp_path / "cases.json").write_text(json.dumps(list(cases.values())))
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-        run([*launcher, "--standalone", str(ROOT / "tests" / "support" / "worker.py"), str(tmp_path / "cases.json")])
+        with Ranks(ranks) as more:
+            more.train(list(cases.values()))
     expected = {kind: plain_torch(settings[kind]) for kind in ("text", "chat")}
     for label in cases:
         found = losses(tmp_path / label)

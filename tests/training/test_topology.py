@@ -6,14 +6,12 @@ The vocabulary of 383 and three layers make sizes that two ranks do not divide e
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 
 import pytest
 
 from tests.support.in_process import train
-from tests.support.launching import ROOT, losses, run
+from tests.support.launching import losses
 from tests.training.test_same_losses import BF16, FP32, plain_torch, zero
 from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
 
@@ -21,16 +19,15 @@ HALF, WHOLE = 3, 6
 
 
 @pytest.mark.usefixtures("group")
-def test_two_ranks_to_one_across_stages(settings, tmp_path):
+def test_two_ranks_to_one_across_stages(settings, two_ranks, tmp_path):
     common = {**settings["text"], "train.train_micro_batch_size_per_gpu": 2, "run_root": str(tmp_path)}
     saved = {"zero2": zero(2, FP32), "zero3": zero(3, FP32), "bf16": zero(1, BF16)}
-    cases = [
-        {"settings": {**common, "run_name": name, "train.max_steps": HALF}, "deepspeed": deepspeed}
-        for name, deepspeed in saved.items()
-    ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run([*launcher, str(ROOT / "tests" / "support" / "worker.py"), str(tmp_path / "cases.json")])
+    two_ranks.train(
+        [
+            {"settings": {**common, "run_name": name, "train.max_steps": HALF}, "deepspeed": deepspeed}
+            for name, deepspeed in saved.items()
+        ]
+    )
 
     expected = plain_torch(settings["text"], WHOLE)
     for name in saved:

@@ -1,16 +1,9 @@
-"""Grouped-query attention with each of its options against transformers' class that has it: outputs and gradients."""
+"""Attention against its definition: widths, scales, windows, masks, packed documents; CUDA's kernel where it is."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen3Config, Qwen3NextConfig
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
 
 from minillm.models import MiniLLMConfig
 from minillm.models import attention as attention_module
@@ -21,127 +14,11 @@ from minillm.models.attention import (
     build_attention_mask,
     document_borders_of,
 )
-from minillm.models.positions import RotaryEmbedding
 from tests.support.toy_presets import toy_model
 
 MODULE = {"rtol": 1e-5, "atol": 1e-5}
 SHAPE = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
 SHAPE |= {"max_position_embeddings": 16, "rms_norm_eps": 1e-5, "vocab_size": 97, "num_hidden_layers": 1}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 16}
-
-
-def causal(length: int, window: int | None = None) -> torch.Tensor:
-    """The mask their eager attention adds to its scores."""
-    hidden = torch.ones(length, length).triu(1).bool()
-    if window is not None:
-        hidden |= torch.ones(length, length).tril(-window).bool()
-    return torch.zeros(length, length).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
-
-
-def randomise(module: nn.Module, spread: float = 0.2) -> None:
-    for parameter in module.parameters():
-        parameter.data.normal_(std=spread)
-
-
-def theirs_config(kind: type, scaling: dict | None = None, **changes):
-    rope = {"rope_theta": 500.0, **(scaling or {"rope_type": "default"})}
-    if "partial_rotary_factor" in changes:
-        rope["partial_rotary_factor"] = changes.pop("partial_rotary_factor")
-    config = kind(**SHAPE, rope_parameters=rope, pad_token_id=None, **changes)
-    config._attn_implementation = "eager"
-    return config
-
-
-def assert_equal(ours, theirs, run_ours, run_theirs, length: int = 20) -> None:
-    """The same output, and the same gradients of a random product with it, for the input and every parameter."""
-    x, weights = torch.randn(2, length, 48), torch.randn(2, length, 48) / 10
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    actual, expected = run_ours(a), run_theirs(b)
-    torch.testing.assert_close(actual, expected, **MODULE)
-    (actual * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(a.grad, b.grad, **MODULE)
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    assert gradients.keys() == {name for name, _ in ours.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=name, **MODULE)
-
-
-def assert_equals_rotary_class(ours_fields, kind, rotary, config, window=None, length=20) -> None:
-    mine = MiniLLMConfig(**SHAPE, rope_theta=500.0, **ours_fields)
-    ours, theirs = GroupedQueryAttention(mine, 0), kind(config, 0)
-    randomise(theirs)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    position_ids = torch.arange(length)[None].expand(2, length)
-    mask = build_attention_mask(length, torch.device("cpu"), sliding_window=window)
-    assert_equal(
-        ours,
-        theirs,
-        lambda x: ours(x, RotaryEmbedding(mine).rotation(position_ids), mask),
-        lambda x: theirs(x, rotary(config)(x, position_ids), causal(length, window))[0],
-        length,
-    )
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 4.0}, YARN, LLAMA3],
-    ids=lambda scaling: scaling["rope_type"],
-)
-def test_scaled_attention_equals_llama(scaling):
-    config = theirs_config(LlamaConfig, scaling)
-    assert_equals_rotary_class({"rope_scaling": scaling}, LlamaAttention, LlamaRotaryEmbedding, config)
-
-
-def test_biases_equal_llama():
-    config = theirs_config(LlamaConfig, attention_bias=True)
-    assert_equals_rotary_class({"attention_bias": True}, LlamaAttention, LlamaRotaryEmbedding, config)
-
-
-def test_qk_norm_equals_qwen3():
-    config = theirs_config(Qwen3Config)
-    assert_equals_rotary_class({"qk_norm": True}, Qwen3Attention, Qwen3RotaryEmbedding, config)
-
-
-@pytest.mark.parametrize("length", [5, 20, 300])  # shorter than the window; longer; longer than a block of queries
-def test_sliding_window_equals_mistral(length):
-    config = theirs_config(MistralConfig, sliding_window=8)
-    fields = {"layer_types": ["sliding_attention"], "sliding_window": 8}
-    assert_equals_rotary_class(fields, MistralAttention, MistralRotaryEmbedding, config, window=8, length=length)
-
-
-def test_gate_partial_rotary_and_zero_centred_norms_equal_qwen3_next():
-    config = theirs_config(Qwen3NextConfig, partial_rotary_factor=0.25, layer_types=["full_attention"])
-    fields = {"qk_norm": True, "attention_output_gate": True, "norm_type": "zero_centered_rmsnorm"}
-    fields["partial_rotary_factor"] = 0.25
-    assert_equals_rotary_class(fields, Qwen3NextAttention, Qwen3NextRotaryEmbedding, config)
-
-
-def test_attention_equals_gpt2():
-    config = GPT2Config(n_embd=48, n_head=6, attn_pdrop=0.0, resid_pdrop=0.0, attn_implementation="eager")
-    theirs = GPT2Attention(config, layer_idx=0)
-    randomise(theirs)
-    fields = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
-    ours = GroupedQueryAttention(MiniLLMConfig(**fields, position_embedding_type="learned", attention_bias=True), 0)
-    names = ("q_proj", "k_proj", "v_proj")
-    for name, weight, bias in zip(names, theirs.c_attn.weight.split(48, dim=1), theirs.c_attn.bias.split(48)):
-        getattr(ours, name).load_state_dict({"weight": weight.T, "bias": bias})  # Conv1D holds [in, out]
-    ours.o_proj.load_state_dict({"weight": theirs.c_proj.weight.T, "bias": theirs.c_proj.bias})
-    x, weights = torch.randn(2, 20, 48), torch.randn(2, 20, 48) / 10
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    actual, (expected, _) = ours(a), theirs(b, attention_mask=causal(20))
-    torch.testing.assert_close(actual, expected, **MODULE)
-    (actual * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(a.grad, b.grad, **MODULE)
-    joined = torch.cat([getattr(ours, name).weight.grad.T for name in names], dim=1)
-    torch.testing.assert_close(joined, theirs.c_attn.weight.grad, **MODULE)
-    joined = torch.cat([getattr(ours, name).bias.grad for name in names])
-    torch.testing.assert_close(joined, theirs.c_attn.bias.grad, **MODULE)
-    torch.testing.assert_close(ours.o_proj.weight.grad.T, theirs.c_proj.weight.grad, **MODULE)
-    torch.testing.assert_close(ours.o_proj.bias.grad, theirs.c_proj.bias.grad, **MODULE)
 
 
 def test_dropout_acts_in_training_alone():
@@ -159,7 +36,7 @@ def test_dropout_acts_in_training_alone():
     assert error < 0.1  # what is kept is scaled up, so that the mean is right
 
 
-def written_out(query, key, value, mask, scale) -> torch.Tensor:
+def written_out(query, key, value, mask, scale=8**-0.5) -> torch.Tensor:
     """Attention in fp64, one head at a time."""
     output = torch.empty(*query.shape[:3], value.shape[-1], dtype=torch.float64)
     for n in range(query.shape[1]):
@@ -167,6 +44,25 @@ def written_out(query, key, value, mask, scale) -> torch.Tensor:
         scores = query[:, n].double() @ k.transpose(1, 2) * scale
         output[:, n] = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1) @ v
     return output.float()
+
+
+@pytest.mark.parametrize("length", [1, 7, 129, 300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_equals_attention_written_out(length, masked):
+    query, key, value = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
+    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, length, length)
+    if masked:
+        documents = torch.arange(length)[None] // torch.tensor([[5], [70]])
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    expected_inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    actual, expected = attend(*inputs, mask if masked else None), written_out(*expected_inputs, mask)
+    torch.testing.assert_close(actual, expected, **MODULE)
+    weights = torch.randn_like(actual)
+    (actual * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for ours, theirs in zip(inputs, expected_inputs):
+        torch.testing.assert_close(ours.grad, theirs.grad, **MODULE)
 
 
 @pytest.mark.parametrize("value_dim", [4, 8, 12])

@@ -1,19 +1,23 @@
 """Sets with planted duplicates made of real texts, and the true Jaccard similarity of every pair, by brute force.
 
-The tokens here are made with `re`, character by character for Chinese: nothing of data_tools is used, so that it can be
-measured against this.
+The tokens here are made with `re`, character by character for Chinese, without data_tools, so that its figures can be
+held against these. At the end: data_tools.dedup itself on planted pairs, and the memory of its command.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = re.compile(r"[\u3005\u3007\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|"
                    r"[^\W_\u3005\u3007\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")  # fmt: skip
 
@@ -136,3 +140,47 @@ def components(number_of: int, edges: Iterable[tuple[int, int]]) -> list[int]:
         a, b = find(a), find(b)
         parent[max(a, b)] = min(a, b)
     return [find(x) for x in range(number_of)]
+
+
+def measure_quality(
+    pairs: list[tuple[str, str, str, float]], folder: Path, verify: str, workers: int | None = None, **options: object
+) -> tuple[list[bool], list[tuple[int, int]]]:
+    """Deduplicate texts and their planted copies.
+
+    Returns:
+        For every planted pair whether it was found (both in one cluster), and (removed, kept) document numbers of all
+        removals; text i is document 2 i, its copy 2 i + 1.
+    """
+    from data_tools.dedup import Duplicates, deduplicate
+
+    order = list(range(2 * len(pairs)))
+    random.Random(1).shuffle(order)
+    source = folder / "planted.jsonl"
+    with open(source, "w", encoding="utf-8") as file:
+        for number in order:
+            text = pairs[number // 2][number % 2]
+            file.write(json.dumps({"id": str(number), "text": text}, ensure_ascii=False) + "\n")
+    what = Duplicates(method="minhash", verify=verify, **options)
+    deduplicate([source], folder / f"out-{verify}", what, workers=workers)
+    kept = {number: number for number in order}
+    removals = []
+    with open(folder / f"out-{verify}" / "duplicates.jsonl", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            kept[int(line["id"])] = int(line["kept"])
+            removals.append((int(line["id"]), int(line["kept"])))
+    return [kept[2 * i] == kept[2 * i + 1] for i in range(len(pairs))], removals
+
+
+def peak_of_command(arguments: list[object]) -> float:
+    """Deduplicate in one process; its greatest resident memory in MB.
+
+    VmHWM, not ru_maxrss: that one begins with what the process that started it had.
+    """
+    code = (
+        "import sys\nfrom data_tools.dedup import main\nmain(sys.argv[1:])\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    line = [sys.executable, "-c", code, *map(str, arguments), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 1024
