@@ -1,4 +1,4 @@
-"""How far the run of a command line is: prints `STEP FOLDER` of its newest good checkpoint, `0 none` before the first.
+"""How far the run of a command line is: `STEP FOLDER` of its newest checkpoint (by sizes), `0 none` before the first.
 
 python launch/progress.py deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json --config demo
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from entry import parse_arguments
 
-from minillm.run_folder import newest_checkpoint
+from minillm.run_folder import RunFolder
 from minillm.settings.reading import load_run_config
 from minillm.utils.commands import split_launcher
 from minillm.utils.errors import exit_on_user_error
@@ -39,8 +39,8 @@ def run_of(words: list[str]) -> Path | None:
 def main() -> None:
     with exit_on_user_error():
         if (folder := run_of(sys.argv[1:])) is not None:
-            newest = newest_checkpoint(folder)
-            print(0 if newest is None else int(newest.name.removeprefix("step-")), newest or "none")
+            newest = RunFolder(folder).newest()
+            print(*((0, "none") if newest is None else (newest.step, newest.path)))
 
 
 if __name__ == "__main__":

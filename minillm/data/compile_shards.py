@@ -159,7 +159,7 @@ def _compile(
         total = sum(unit.num_bytes for unit in units)
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None, file=sys.stderr)
         with bar:
-            for unit, encoded in zip(units, pool.in_order(_encode_unit, units)):
+            for unit, encoded in zip(units, pool.in_order(encode_unit, units)):
                 for problem in encoded.bad:
                     bad.add(problem)
                 writer.append(encoded.tokens, encoded.lengths, encoded.mask)
@@ -216,7 +216,7 @@ def plan_shard(shard: TextShard) -> Plan:
     return Plan(units, problem, 1)
 
 
-def _encode_unit(unit: Unit) -> Encoded:
+def encode_unit(unit: Unit) -> Encoded:
     tokenizer, conversations, dtype = shared_with_workers()
     documents: list[Document] = []
     bad: list[str] = []

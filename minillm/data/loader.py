@@ -86,7 +86,7 @@ class BatchLoader:
         if self._next is not None and self._next[0] == step:
             batch = self._next[1].result()
         else:
-            batch = self._build(step)
+            batch = self.build(step)
         if batch.num_bad_rows:
             self._check_bad_rows(step, batch.num_bad_rows)
         self._prefetch(step + 1)
@@ -124,9 +124,9 @@ class BatchLoader:
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="minillm-loader")
-        self._next = step, self._thread.submit(self._build, step)
+        self._next = step, self._thread.submit(self.build, step)
 
-    def _build(self, step: int) -> Batch:
+    def build(self, step: int) -> Batch:
         numbers = step * self._batch_size + self._rows
         if self.max_sequences is not None:
             numbers[numbers >= self.max_sequences] = -1

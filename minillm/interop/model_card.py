@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel
 
-from minillm.run_folder import ModelFolder
+from minillm.run_folder import Checkpoint, ModelFolder, run_of_checkpoint
 from minillm.utils.files import read_json
 
 SHAPE = (
@@ -83,16 +83,15 @@ def _training(origin: ModelFolder) -> dict[str, object]:
     if origin.run is None:
         return {}
     rows: dict[str, object] = {"run": origin.run, "steps": f"{origin.step:,}"}
-    if not (origin.path / "trainer_state.json").is_file():
+    checkpoint, run = Checkpoint(origin.path), run_of_checkpoint(origin.path)
+    if run is None or not checkpoint.counters.is_file():
         return rows
-    state = read_json(origin.path / "trainer_state.json").get("state", {})
+    state = read_json(checkpoint.counters).get("state", {})
     if "tokens" in state:
         rows["tokens"] = f"{state['tokens']:,}"
-    run_folder = origin.path.absolute().parent.parent
-    rows |= _last_numbers(run_folder / "metrics.jsonl", origin.step)
-    settings = run_folder / "run.yaml"
-    if settings.is_file():
-        data = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("data") or {}
+    rows |= _last_numbers(run.metrics, origin.step)
+    if run.settings.is_file():
+        data = (yaml.safe_load(run.settings.read_text(encoding="utf-8")) or {}).get("data") or {}
         for key in ("train", "validation"):
             if paths := _paths(data.get(key)):
                 rows[f"{key} data"] = ", ".join(f"`{path}`" for path in paths)

@@ -22,7 +22,7 @@ from minillm.compat.versions import TRAINING, environment_problem
 from minillm.preflight.child import Report
 from minillm.preflight.disk import disk_row, space
 from minillm.preflight.rows import FAIL, OK, WARN, Row
-from minillm.run_folder import describe_environment
+from minillm.run_folder import RunFolder, describe_environment
 from minillm.utils import distributed
 
 GIB = 2**30
@@ -60,7 +60,8 @@ def look(
         report.stage(f"writing to run_root {run_root}")
         planned = None
         if checkpoint_bytes is not None:
-            held = sum(path.stat().st_size for path in Path(run_dir).glob("checkpoints/step-*/*"))
+            files = [file for one in RunFolder(Path(run_dir)).checkpoints() for file in one.path.iterdir()]
+            held = sum(file.stat().st_size for file in files)
             planned = (checkpoint_bytes, keep, held)
         rows.append(disk_row("disk run_root", Path(run_root), planned))
     if first_on_host:

@@ -20,7 +20,7 @@ import torch
 
 from minillm.data.sources import TokenSource
 from minillm.preflight.child import Report
-from minillm.run_folder import list_checkpoints
+from minillm.run_folder import RunFolder
 from minillm.settings.resolve import Resolved, choose_model
 from minillm.settings.run import RunConfig
 from minillm.training.build import Data, build_loader, build_model_config, open_data
@@ -31,7 +31,6 @@ from minillm.training.watch import Watch
 from minillm.utils import distributed
 from minillm.utils.determinism import deterministic_kernels
 from minillm.utils.errors import UserError
-from minillm.utils.files import manifest_problems
 
 STEPS = 2
 
@@ -114,8 +113,8 @@ def _train(resolved: Resolved, data: Data, folder: str, watch: Watch, stop: Stop
     found: dict[str, object] = {"memory": memory_used()}
     if distributed.rank() == 0:
         watch.at("verifying the checkpoint")
-        found |= read_metrics(trial.run_dir / "metrics.jsonl")
-        found["checkpoint"] = check_checkpoint(trial.run_dir, trainer.save_started, trainer.save_returned)
+        found |= read_metrics(trial.folder.metrics)
+        found["checkpoint"] = check_checkpoint(trial.folder, trainer.save_started, trainer.save_returned)
     return found
 
 
@@ -180,19 +179,18 @@ def read_metrics(path: Path) -> dict[str, object]:
     return {"losses": losses, "tokens_per_s": speed, "seconds_a_step": tokens / speed, "mfu": records[-1].get("mfu")}
 
 
-def check_checkpoint(run_dir: Path, started: float, returned: float) -> dict[str, float]:
+def check_checkpoint(folder: RunFolder, started: float, returned: float) -> dict[str, float]:
     """Size and seconds of the one checkpoint, every byte of it checked.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    found = list_checkpoints(run_dir)
+    found = folder.checkpoints()
     if not found:
-        raise UserError(f"no checkpoint in {run_dir}: writing one left nothing; see the row `disk run_root`")
-    problems = manifest_problems(found[0])
-    if problems:
+        raise UserError(f"no checkpoint in {folder.path}: writing one left nothing; see the row `disk run_root`")
+    if problems := found[0].problems("content"):
         raise UserError(f"the checkpoint just written is damaged ({problems[0]}): do not trust this disk; use another")
-    size = sum(path.stat().st_size for path in found[0].iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in found[0].path.iterdir() if path.is_file())
     # The manifest is written last, whether the step waited for the files or not.
-    seconds = (found[0] / "manifest.json").stat().st_mtime - started
+    seconds = found[0].manifest.stat().st_mtime - started
     return {"bytes": size, "seconds": max(seconds, 0.0), "stall": returned - started}

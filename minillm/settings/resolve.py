@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.run_folder import newest_checkpoint, newest_run_checkpoint, resolve_model_folder
+from minillm.run_folder import RESUMABLE, newest_run_checkpoint, resolve_model_folder
 from minillm.settings.architecture import DEFAULTS, Architecture
 from minillm.settings.deepspeed_json import read_deepspeed_json, resolve_deepspeed_config
 from minillm.settings.moe_backends import resolve_moe_backend
@@ -128,7 +128,8 @@ def choose_model(run: RunConfig) -> ModelChoice:
         return ModelChoice(run.model.preset, preset(run.model.preset, **model_overrides(run)))
     name = f"that of {run.model.init_from}"
     try:
-        base = newest_checkpoint(run.run_dir) or _initial_weights(run)
+        own = run.folder.newest(needed=RESUMABLE)
+        base = own.path if own is not None else _initial_weights(run)
     except UserError as error:
         return ModelChoice(f"{name}, which is not there yet", None, missing=str(error))
     config = read_json(base / "config.json")
@@ -141,8 +142,8 @@ def choose_model(run: RunConfig) -> ModelChoice:
 def _initial_weights(run: RunConfig) -> Path:
     """The folder that `model.init_from` means: `newest` is the newest pretraining run's newest checkpoint."""
     if run.model.init_from == "newest":
-        return newest_run_checkpoint(Path(run.run_root), stage="pretrain")
-    return resolve_model_folder(run.model.init_from, run.run_root)
+        return newest_run_checkpoint(Path(run.run_root), stage="pretrain", check="sizes")
+    return resolve_model_folder(run.model.init_from, run.run_root, check="sizes")
 
 
 def name_builtin_data(run: RunConfig) -> None:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from minillm.run_folder import RunFolder
 from minillm.settings.architecture import DEFAULTS, Architecture, form_problems, problems_of
 from minillm.settings.derived import coerce
 from minillm.settings.presets import PRESETS, preset
@@ -215,6 +216,10 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.run_root) / self.run_name
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run_dir)
 
     @property
     def packing(self) -> str:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PreTrainedModel
 
 from minillm.compat.deepspeed_api import link_optimizer_states, set_counters
 from minillm.data.tokenizer import save_tokenizer
-from minillm.run_folder import list_checkpoints, newest_checkpoint
+from minillm.run_folder import COUNTERS, GENERATORS, OPTIMIZER, WEIGHTS, Checkpoint, RunFolder
 from minillm.training.expert_parallel import whole_parameters
 from minillm.training.optim import MOMENTS, moments_of
 from minillm.training.safetensors_stream import SafetensorsWriter
@@ -39,35 +39,15 @@ from minillm.training.zero_state import (
 )
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
-from minillm.utils.files import publish_directory, read_json, remove_directory, write_json
-from minillm.utils.files import write_manifest as list_files
+from minillm.utils.files import publish_directory, read_json, remove_directory, write_json, write_manifest
 from minillm.utils.logging import say, warn
 from minillm.utils.seeding import capture_rng, restore_rng, seed_everything
 
 FORMAT = "minillm-checkpoint-1"
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FILES = {WEIGHTS: ("weight",), OPTIMIZER: MOMENTS}
-COUNTERS, GENERATORS = "trainer_state.json", "rng.json"
 
 
-def checkpoint_steps(directory: Path) -> dict[int, Path]:
-    """step -> folder of every published checkpoint in `checkpoints/`, oldest first (damaged ones included)."""
-    return {int(path.name.removeprefix("step-")): path for path in reversed(list_checkpoints(directory.parent))}
-
-
-def newest_to_resume(run_dir: Path) -> Path | None:
-    """The checkpoint that a run goes on from; None before its first.
-
-    Raises:
-        UserError: it has checkpoints and none is whole: a fresh start would delete them.
-    """
-    found = newest_checkpoint(run_dir, needed=(*FILES, COUNTERS, GENERATORS))
-    if found is None and list_checkpoints(run_dir):
-        raise UserError(
-            f"every checkpoint of {run_dir} is damaged (the warnings name the files); nothing was changed. Put whole "
-            f"files back, or move {run_dir / 'checkpoints'} away to start anew"
-        )
-    return found
+Stream = Iterable[tuple[str, torch.Tensor]]  # name in the file, fp32 tensor on the CPU
 
 
 class CheckpointWriter:
@@ -77,22 +57,21 @@ class CheckpointWriter:
     read-only folder) leaves earlier checkpoints as they were.
 
     Args:
-        directory: the run's `checkpoints/`.
         keep: the newest so many stay, and the best by val_loss besides.
         asynchronous: copy weights and moments to host memory (rank 0, 12 bytes a parameter), write in the background.
     """
 
-    def __init__(self, directory: Path, keep: int, asynchronous: bool):
-        self.directory, self.keep, self.asynchronous = directory, keep, asynchronous
+    def __init__(self, folder: RunFolder, keep: int, asynchronous: bool):
+        self.folder, self.keep = folder, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="minillm-checkpoint") if asynchronous else None
         self._running: Future[str | None] | None = None
-        self._final: Path | None = None
+        self._final: Checkpoint | None = None
 
     def save(self, engine, state: TrainState, extra: dict[str, object], tokenizer) -> float:
         """Save step `state.step`.
 
         Args:
-            extra: what resume compares and reports (data fingerprint, run id), stored beside the counters.
+            extra: what resume compares (the data's fingerprint), stored beside the counters.
 
         Returns:
             Seconds for which training stood still.
@@ -102,18 +81,19 @@ class CheckpointWriter:
         """
         start = time.perf_counter()
         self.wait()
-        self._final = self.directory / f"step-{state.step:06d}"
-        job = _prepare(self._final, engine, state, extra, tokenizer, self.keep)
+        self._final = self.folder.checkpoint(state.step)
+        contents = _contents(engine, state, extra, tokenizer)
         streams = {file: _tensors(engine, kinds) for file, kinds in FILES.items()}
         if self._thread is None:
-            problem = job.write(streams) if distributed.rank() == 0 else None
+            problem = self._write(self._final, contents, streams) if distributed.rank() == 0 else None
             for stream in streams.values():  # the other ranks, and rank 0 after a failure: collectives are finished
                 for _ in stream:
                     pass
-            self._raise(problem)
+            self.agree(problem)
         elif distributed.rank() == 0:
             held = {file: list(stream) for file, stream in streams.items()}
-            self._running = self._thread.submit(job.write, held, time.perf_counter() - start)
+            stall = time.perf_counter() - start
+            self._running = self._thread.submit(self._write, self._final, contents, held, stall)
         else:
             for stream in streams.values():
                 for _ in stream:
@@ -133,103 +113,91 @@ class CheckpointWriter:
         """
         running, self._running = self._running, None
         if self._thread is not None:
-            self._raise(running.result() if running is not None else None)
+            self.agree(running.result() if running is not None else None)
 
     def close(self) -> None:
         """Wait for what is being written, whatever comes of it; no other rank is needed."""
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _raise(self, problem: str | None) -> None:
-        """Rank 0's problem, on every rank."""
+    def agree(self, problem: str | None) -> None:
+        """Raise rank 0's problem, if there is one, on every rank."""
         problem = distributed.broadcast_object(problem)
         if problem is None:
             return
-        steps = list(checkpoint_steps(self.directory))
-        last = f"the last one, step {steps[-1]}, is untouched" if steps else "there is no earlier one"
-        raise UserError(f"checkpoint {self._final} could not be written ({problem}); {last}. Mend that and run again")
+        found = self.folder.checkpoints()
+        last = f"the last one, step {found[0].step}, is untouched" if found else "there is no earlier one"
+        name = self._final.path if self._final is not None else "?"
+        raise UserError(f"checkpoint {name} could not be written ({problem}); {last}. Mend that and run again")
 
-
-Stream = Iterable[tuple[str, torch.Tensor]]  # name in the file, fp32 tensor on the CPU
-
-
-@dataclass
-class _Job:
-    """All of a checkpoint but its tensors."""
-
-    final: Path
-    entries: dict[str, dict[str, tuple[int, ...]]]  # file -> name -> shape
-    config: PretrainedConfig
-    generation_config: GenerationConfig | None
-    tokenizer: object
-    state: TrainState
-    trainer_state: dict[str, object]
-    generators: list[dict[str, str]]
-    keep: int
-
-    def write(self, streams: Mapping[str, Stream], stall: float | None = None) -> str | None:
+    def _write(
+        self, final: Checkpoint, contents: Contents, streams: Mapping[str, Stream], stall: float | None = None
+    ) -> str | None:
         """On rank 0: the folder, whole or not at all; then old ones are deleted. Returns what went wrong.
 
         Args:
             stall: seconds that training stood still for this, where it goes on meanwhile.
         """
         start = time.perf_counter()
-        temporary = self.final.with_name(self.final.name + ".tmp")
-        problem = _attempt(lambda: self._write(temporary, streams))
+        temporary = final.path.with_name(final.path.name + ".tmp")
+        problem = _attempt(lambda: write_folder(temporary, final, contents, streams))
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
             return problem
         seconds = time.perf_counter() - start
         still = "" if stall is None else f", training stood still for {stall:.1f} s"
-        say(f"saved {os.fspath(self.final)} ({describe_size(self.final)}, written in {seconds:.1f} s{still})")
-        if problem := _attempt(lambda: prune(self.final.parent, self.keep, self.state)):
-            warn(f"old checkpoints in {self.final.parent} could not be deleted: {problem}")
+        say(f"saved {os.fspath(final.path)} ({describe_size(final.path)}, written in {seconds:.1f} s{still})")
+        if problem := _attempt(lambda: prune(self.folder, self.keep, contents.state)):
+            warn(f"old checkpoints in {self.folder.checkpoints_folder} could not be deleted: {problem}")
         return None
 
-    def _write(self, temporary: Path, streams: Mapping[str, Stream]) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self.config.save_pretrained(temporary)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(temporary)
-        save_tokenizer(self.tokenizer, temporary)
-        write_json(temporary / COUNTERS, self.trainer_state)
-        write_json(temporary / GENERATORS, {"ranks": self.generators})
-        checksums = {}
-        for file, stream in streams.items():
-            with SafetensorsWriter(temporary / file, self.entries[file]) as writer:
-                for name, tensor in stream:
-                    writer.write(name, tensor)
-            checksums[file] = writer.sha256
-        list_files(temporary, {"format": FORMAT, "step": self.state.step}, checksums)
-        if os.path.lexists(self.final):  # a damaged one of the same step, which was passed over at the start
-            remove_directory(self.final)
-        publish_directory(temporary, self.final)
+
+@dataclass
+class Contents:
+    """All of a checkpoint but its tensors; nothing in it changes while training goes on."""
+
+    model: PreTrainedModel  # for its config and generation config
+    tokenizer: object
+    state: TrainState
+    counters: dict[str, object]  # trainer_state.json
+    generators: list[dict[str, str]]  # of every rank
+    shapes: dict[str, dict[str, tuple[int, ...]]]  # file -> name of a tensor -> shape
 
 
-def _prepare(final: Path, engine, state: TrainState, extra: dict, tokenizer, keep: int) -> _Job:
-    # Generators first: what follows must not change what is stored.
+def _contents(engine, state: TrainState, extra: dict[str, object], tokenizer) -> Contents:
+    """Collective: every rank calls it. Generators come first: what follows must not change what is stored."""
     generators = distributed.gather_objects(capture_rng())
     wholes = list(whole_parameters(engine.module))
-    buffers = {name: tuple(buffer.shape) for name, buffer in persistent_buffers(engine.module).items()}
-    entries = {
+    shapes = {
         file: {_key(kind, w.name): tuple(w.shape) for kind in kinds for w in wholes if has_state(engine, w, kind)}
         for file, kinds in FILES.items()
     }
-    entries[WEIGHTS] |= buffers
+    shapes[WEIGHTS] |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(engine.module).items()}
     scaler = loss_scale_state(engine)
-    scale = {"loss_scale": scaler} if scaler else {}
-    return _Job(
-        final,
-        entries,
-        engine.module.config,
-        engine.module.generation_config,
-        tokenizer,
-        replace(state),
-        {"format": FORMAT, "state": state.as_dict(), **scale, **extra},
-        generators,
-        keep,
-    )
+    counters = {"format": FORMAT, "state": state.as_dict(), **({"loss_scale": scaler} if scaler else {}), **extra}
+    return Contents(engine.module, tokenizer, replace(state), counters, generators, shapes)
+
+
+def write_folder(temporary: Path, final: Checkpoint, contents: Contents, streams: Mapping[str, Stream]) -> None:
+    """Write everything into `temporary`, list it with checksums, sync it and give it its name."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    contents.model.config.save_pretrained(temporary)
+    if contents.model.generation_config is not None:
+        contents.model.generation_config.save_pretrained(temporary)
+    save_tokenizer(contents.tokenizer, temporary)
+    write_json(temporary / COUNTERS, contents.counters)
+    write_json(temporary / GENERATORS, {"ranks": contents.generators})
+    checksums = {}
+    for file, stream in streams.items():
+        with SafetensorsWriter(temporary / file, contents.shapes[file]) as writer:
+            for name, tensor in stream:
+                writer.write(name, tensor)
+        checksums[file] = writer.sha256
+    write_manifest(temporary, {"format": FORMAT, "step": final.step}, checksums)
+    if os.path.lexists(final.path):  # a damaged one of the same step, which was passed over at the start
+        remove_directory(final.path)
+    publish_directory(temporary, final.path)
 
 
 def _tensors(engine, kinds: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -260,37 +228,39 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def prune(directory: Path, keep: int, state: TrainState) -> None:
+def prune(folder: RunFolder, keep: int, state: TrainState) -> None:
     """Delete all but the newest `keep` up to this step and the best; leftovers of killed writers go too.
 
     What is newer than this step was damaged and passed over at the start.
     """
-    steps = checkpoint_steps(directory)
-    kept = [step for step in steps if step <= state.step][-keep:]
-    for step, path in steps.items():
-        if step not in (*kept, state.best_step):
-            remove_directory(path)
-    for leftover in (*directory.glob("step-*.tmp"), *directory.glob(".step-*.deleted")):
+    found = folder.checkpoints()
+    kept = [one.step for one in found if one.step <= state.step][:keep]
+    for checkpoint in reversed(found):
+        if checkpoint.step not in (*kept, state.best_step):
+            remove_directory(checkpoint.path)
+    for leftover in folder.leftovers():
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def read_state(path: Path) -> tuple[TrainState, dict]:
-    """Counters and the rest of trainer_state.json.
+def read_state(checkpoint: Checkpoint) -> tuple[TrainState, dict]:
+    """Counters and the rest of trainer_state.json, the data's fingerprint among it.
 
     Raises:
-        UserError: another format, counters of another step or that are none.
+        UserError: another format, counters of another step, or something that is not counters.
     """
-    values = read_json(path / COUNTERS)
-    with _named(path / COUNTERS):
+    path = checkpoint.counters
+    values = read_json(path)
+    with _named(path):
         if values.get("format") != FORMAT:
-            raise UserError(f"{path}: format {values.get('format')!r}, this version reads {FORMAT!r}")
+            raise UserError(f"{checkpoint.path}: format {values.get('format')!r}, this version reads {FORMAT!r}")
         try:
             state = TrainState.from_dict(values["state"])
         except UserError as error:
-            raise UserError(f"{path / COUNTERS}: {error}") from error
-        if state.step != int(path.name.removeprefix("step-")):
+            raise UserError(f"{path}: {error}") from error
+        if state.step != checkpoint.step:
             raise ValueError(f"it holds step {state.step}")
-        values["data"]  # noqa: B018
+        if "data" not in values:
+            raise KeyError("data")
     return state, values
 
 
@@ -307,7 +277,7 @@ def _named(file: Path) -> Iterator[None]:
         ) from error
 
 
-def load_weights(model: torch.nn.Module, path: Path, optimizer: str = "adamw") -> None:
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, optimizer: str = "adamw") -> None:
     """Put a checkpoint's weights and buffers into a model that no engine holds yet.
 
     Args:
@@ -319,16 +289,17 @@ def load_weights(model: torch.nn.Module, path: Path, optimizer: str = "adamw") -
     """
     parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_tensors(path / WEIGHTS, parameters)
+    _check_tensors(checkpoint.weights, parameters)
     moments = {_key(k, name): p for name, p in trained.items() for k in moments_of(optimizer, name, p.shape)}
-    _check_tensors(path / OPTIMIZER, moments)
-    with _named(path / WEIGHTS), safe_open(path / WEIGHTS, framework="pt") as file, torch.no_grad():
+    _check_tensors(checkpoint.optimizer, moments)
+    path = checkpoint.weights
+    with _named(path), safe_open(path, framework="pt") as file, torch.no_grad():
         for name, parameter in parameters.items():
             tensor = file.get_tensor(name)
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"the weights of {path} are ruined: {name} holds what is no finite number; move that folder away "
-                    f"to go on from an older one"
+                    f"the weights of {checkpoint.path} are ruined: {name} holds what is not a finite number; move that "
+                    f"folder away to go on from an older one"
                 )
             parameter.copy_(tensor)
 
@@ -349,15 +320,15 @@ def _check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
                 raise ValueError(f"{name} is {dtype}, not F32")
 
 
-def restore_training(engine, path: Path, seed: int) -> TrainState:
+def restore_training(engine, checkpoint: Checkpoint, seed: int) -> TrainState:
     """After the warm-up step: moments, fp32 weights, counters and generators of a checkpoint, at any topology.
 
     A rank that the checkpoint has no generator for (another number of ranks) is seeded from (seed, step, rank).
     """
-    state, values = read_state(path)
+    state, values = read_state(checkpoint)
     link_optimizer_states(engine)
     reset_optimizer_state(engine, state.step)
-    with _named(path / OPTIMIZER), safe_open(path / OPTIMIZER, framework="pt") as file:
+    with _named(checkpoint.optimizer), safe_open(checkpoint.optimizer, framework="pt") as file:
 
         def moment(name: str) -> torch.Tensor:
             tensor = file.get_tensor(name)
@@ -368,13 +339,13 @@ def restore_training(engine, path: Path, seed: int) -> TrainState:
         for kind in MOMENTS:
             write_full_state(engine, kind, lambda name, kind=kind: moment(_key(kind, name)))
     # Exactly: DeepSpeed made its own fp32 weights from the rounded low-precision ones.
-    with safe_open(path / WEIGHTS, framework="pt") as file:
+    with safe_open(checkpoint.weights, framework="pt") as file:
         write_full_state(engine, "weight", file.get_tensor)
     if "loss_scale" in values:
         restore_loss_scale(engine, values["loss_scale"])
     set_counters(engine, state.step)
-    with _named(path / GENERATORS):
-        generators = read_json(path / GENERATORS)["ranks"]
+    with _named(checkpoint.generators):
+        generators = read_json(checkpoint.generators)["ranks"]
         if not isinstance(generators, list) or not generators:
             raise ValueError("no list of ranks")
         if len(generators) == distributed.world_size():

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 import torch
 
-from minillm import run_folder
 from minillm.data.tokenizer import token_byte_lengths
 from minillm.models import MiniLLMConfig
+from minillm.run_folder import Checkpoint, check_content
 from minillm.settings.accounting import flops_per_token
 from minillm.settings.deepspeed_json import precision
 from minillm.settings.resolve import Resolved
@@ -80,7 +79,7 @@ def train_in_group(resolved: Resolved, data: Data, stop: StopRequest) -> int:
         contextlib.ExitStack() as held,
         contextlib.closing(Watch(run.faults.timeout)) as watch,
     ):
-        distributed.on_rank_zero(lambda: held.enter_context(run_folder.only_writer(run.run_dir)) and None)
+        distributed.on_rank_zero(lambda: held.enter_context(run.folder.only_writer()))
         while True:
             trainer = Trainer(run, data, watch)
             if trainer.is_complete():
@@ -109,14 +108,14 @@ class Trainer:
     def __init__(self, run: RunConfig, data: Data, watch: Watch):
         self.run, self.data, self.watch = run, data, watch
         self.watch.at("opening checkpoint and data")
-        self.source: Path | None = distributed.on_rank_zero(lambda: checkpoint.newest_to_resume(run.run_dir))
-        self.source = distributed.broadcast_object(self.source)
+        found = distributed.on_rank_zero(lambda: run.folder.newest_to_resume(check="content"))
+        self.source: Checkpoint | None = distributed.broadcast_object(found)
         check_same_run(run, data, self.source)
         self.loader = build_loader(run, data.train, num_epochs=run.train.num_epochs)
         self.validation = build_validation_loaders(run, data.validation)
         self.max_steps = run.train.max_steps or self.loader.num_steps
         keep, asynchronous = run.checkpoint.keep, run.checkpoint.asynchronous
-        self.writer = checkpoint.CheckpointWriter(run.run_dir / "checkpoints", keep, asynchronous)
+        self.writer = checkpoint.CheckpointWriter(run.folder, keep, asynchronous)
         self.guard = Guard(run, self.loader, self.writer)
         self.stall: float | None = None  # of the last save, until it is logged
         self.token_bytes = torch.from_numpy(token_byte_lengths(data.tokenizer))
@@ -126,7 +125,7 @@ class Trainer:
         """True, and a line that says so, when the newest checkpoint is already at the last step."""
         if self.source is None or checkpoint.read_state(self.source)[0].step < self.max_steps:
             return False
-        say(f"{self.run.run_dir} is complete: {self.source} is its last step; raise train.max_steps to go on")
+        say(f"{self.run.run_dir} is complete: {self.source.path} is its last step; raise train.max_steps to go on")
         return True
 
     def build(self, deepspeed_config: dict, config: MiniLLMConfig) -> None:
@@ -134,16 +133,17 @@ class Trainer:
         run = self.run
         self.watch.at("building the model")
         distributed.on_rank_zero(
-            lambda: run_folder.write_settings(
-                run.run_dir, dump_run_config(run), deepspeed_config, config.to_diff_dict(), distributed.world_size()
+            lambda: run.folder.write_settings(
+                dump_run_config(run), deepspeed_config, config.to_diff_dict(), distributed.world_size()
             )
         )
         model = build_model(run, config)
         exact = None
         if self.source is not None:
             checkpoint.load_weights(model, self.source, run.optim.name)
-        elif self.data.base is not None:
-            exact = load_initial_weights(model, self.data.base)
+        elif (base := self.data.base) is not None:
+            distributed.on_rank_zero(lambda: check_content(base))
+            exact = load_initial_weights(model, base)
         self.engine = build_engine(model, run, deepspeed_config)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(deepspeed_config), torch.float32)
         peak, origin = peak_flops(dtype)
@@ -154,11 +154,11 @@ class Trainer:
         self.state = warm_up_and_restore(self.engine, first, run, self.data, self.source, exact)
         rows = run.train.train_micro_batch_size_per_gpu * run.data.seq_len
         work = product_seconds(rows, config.hidden_size, config.intermediate_size, dtype)
-        self.threads = ThreadCount(run.run_dir, self.state.step, work)
+        self.threads = ThreadCount(run.folder, self.state.step, work)
         self.guard.saved_step = self.state.step if self.source is not None else None
         self.tracker = distributed.on_rank_zero(lambda: Tracker(run, self.state.step)) or self.tracker
-        checkpoint_name, ranks = str(self.source or ""), distributed.world_size()
-        self.guard.event("started", step=self.state.step, checkpoint=checkpoint_name, ranks=ranks)
+        source, ranks = str(self.source.path) if self.source is not None else "", distributed.world_size()
+        self.guard.event("started", step=self.state.step, checkpoint=source, ranks=ranks)
 
     def run_to_end(self, stop: StopRequest) -> int | None:
         """The loop. Returns the exit code; None where the run has to go on from its last checkpoint."""
@@ -286,7 +286,7 @@ class Trainer:
         if distributed.rank() == 0:
             from minillm.training import plots
 
-            plots.draw(self.run.run_dir, self.state.first_val_loss)
+            plots.draw(self.run.folder, self.state.first_val_loss)
 
     def close(self, exit_code: int) -> None:
         self.writer.close()

@@ -13,27 +13,28 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (the backend has to be chosen first)
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter  # noqa: E402
 
+from minillm.run_folder import RunFolder  # noqa: E402
 from minillm.utils.logging import say, warn  # noqa: E402
 
 LOADS = {-2: "1/4", -1: "1/2", 0: "even", 1: "2x", 2: "4x"}  # log2(share * E) -> its name on the colour bar
 MAX_COLUMNS = 200  # of the heat map, over time
 
 
-def draw(run_dir: Path, first_val_loss: float | None) -> None:
+def draw(folder: RunFolder, first_val_loss: float | None) -> None:
     """plots/loss.png, and plots/experts.png where there are experts, of what has been logged; a line for each.
 
     A picture that cannot be written is a warning: the run itself is whole, and saved.
     """
     try:
-        pictures = draw_loss(run_dir, first_val_loss), draw_experts(run_dir)
+        pictures = draw_loss(folder, first_val_loss), draw_experts(folder)
     except (OSError, ValueError) as error:
-        warn(f"no picture could be written to {run_dir / 'plots'}: {error}")
+        warn(f"no picture could be written to {folder.loss_picture.parent}: {error}")
         return
     for picture in filter(None, pictures):
         say(f"drew {picture}")
 
 
-def draw_loss(run_dir: Path, first_val_loss: float | None) -> Path | None:
+def draw_loss(folder: RunFolder, first_val_loss: float | None) -> Path | None:
     """Training and validation loss over steps, the learning rate below them.
 
     Args:
@@ -42,7 +43,7 @@ def draw_loss(run_dir: Path, first_val_loss: float | None) -> Path | None:
     Returns:
         The picture's path, or None where nothing was logged.
     """
-    records = read_records(run_dir / "metrics.jsonl")
+    records = read_records(folder.metrics)
     training = [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
     validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
     if first_val_loss is not None:
@@ -59,13 +60,13 @@ def draw_loss(run_dir: Path, first_val_loss: float | None) -> Path | None:
     top.set_ylabel("loss (nats a token)")
     top.grid(alpha=0.3)
     top.legend(frameon=False)
-    top.set_title(run_dir.name)
+    top.set_title(folder.path.name)
     bottom.plot(steps, rates, linewidth=1, color="tab:gray")
     bottom.set_ylabel("learning rate", fontsize=8)
     bottom.set_xlabel("step")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.grid(alpha=0.3)
-    return _save(figure, run_dir / "plots" / "loss.png")
+    return _save(figure, folder.loss_picture)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -80,13 +81,13 @@ def _save(figure, path: Path, dpi: int = 120) -> Path:
     return path
 
 
-def draw_experts(run_dir: Path) -> Path | None:
+def draw_experts(folder: RunFolder) -> Path | None:
     """Heat map of each expert's load over steps, black where it got nothing; the worst load and the drops below it.
 
     Returns:
         The picture's path, or None where no experts were logged.
     """
-    records = read_records(run_dir / "experts.jsonl")
+    records = read_records(folder.experts)
     if not records:
         return None
     layers, shares = records[-1]["layers"], np.array([record["share"] for record in records])  # [N, L, E]
@@ -115,7 +116,8 @@ def draw_experts(run_dir: Path) -> Path | None:
     if height / rows > 0.11:  # room for the experts' own numbers
         top.set_yticks(np.arange(rows) + 0.5, [str(row % experts) for row in range(rows)], minor=True, fontsize=6)
         top.tick_params(axis="y", which="major", pad=16)
-    top.set_title(f"{run_dir.name}: {experts} experts a layer, load over an even share (black: no token)", fontsize=11)
+    title = f"{folder.path.name}: {experts} experts a layer, load over an even share (black: no token)"
+    top.set_title(title, fontsize=11)
     bar = top.inset_axes((1.015, 1 - min(1, 3 / height), 0.02, min(1, 3 / height)))  # never longer than 3 inches
     figure.colorbar(image, cax=bar, ticks=list(LOADS), extend="both").ax.set_yticklabels(LOADS.values())
 
@@ -135,7 +137,7 @@ def draw_experts(run_dir: Path) -> Path | None:
     bottom.set_xlabel("step")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.grid(alpha=0.3)
-    return _save(figure, run_dir / "plots" / "experts.png", dpi=120 if rows < 600 else 200)
+    return _save(figure, folder.experts_picture, dpi=120 if rows < 600 else 200)
 
 
 def _columns(steps: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -14,9 +14,9 @@ import statistics
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from enum import Enum
-from pathlib import Path
 
 from minillm.data.loader import BatchLoader
+from minillm.run_folder import RunFolder
 from minillm.settings.run import RunConfig
 from minillm.training.checkpoint import CheckpointWriter
 from minillm.training.step import Fault, NonFiniteError, StepResult, not_finite
@@ -34,8 +34,8 @@ class SkippedBatches:
         UserError: skipped.json is not what this wrote.
     """
 
-    def __init__(self, run_dir: Path):
-        self._path = run_dir / "skipped.json"
+    def __init__(self, folder: RunFolder):
+        self._path = folder.skipped_batches
         entries = distributed.on_rank_zero(lambda: read_json(self._path) if self._path.exists() else [])
         entries = distributed.broadcast_object(entries)
         try:
@@ -91,8 +91,8 @@ class Guard:
     """
 
     def __init__(self, run: RunConfig, loader: BatchLoader, writer: CheckpointWriter):
-        self._run_dir, self._faults, self._loader, self._writer = run.run_dir, run.faults, loader, writer
-        self.skipped = SkippedBatches(run.run_dir)
+        self._folder, self._faults, self._loader, self._writer = run.folder, run.faults, loader, writer
+        self.skipped = SkippedBatches(run.folder)
         self.saved_step: int | None = None
         self.may_leave_out = "skip" in (run.faults.on_non_finite, run.faults.on_loss_spike)
         self._limit: float | None = None
@@ -162,7 +162,7 @@ class Guard:
 
     def event(self, event: str, **details: object) -> None:
         """A line of events.jsonl."""
-        distributed.on_rank_zero(lambda: record_event(self._run_dir, event, **details))
+        distributed.on_rank_zero(lambda: record_event(self._folder, event, **details))
 
 
 def spike_threshold(losses: Sequence[float], window: int, deviations: float) -> float | None:
@@ -179,13 +179,13 @@ def spike_threshold(losses: Sequence[float], window: int, deviations: float) -> 
     return middle + deviations * max(deviation, 0.001 * abs(middle))
 
 
-def record_event(run_dir: Path, event: str, **details: object) -> None:
+def record_event(folder: RunFolder, event: str, **details: object) -> None:
     """Append one line to events.jsonl, synced; called on rank 0 of a folder that is locked.
 
     What a kill left half-written keeps a line of its own.
     """
     line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **details}
-    with open(run_dir / "events.jsonl", "a+b") as file:
+    with open(folder.events, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

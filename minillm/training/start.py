@@ -7,13 +7,12 @@ as it was at the checkpoint, to the last bit, or as a new run begins.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 
 from minillm.compat.deepspeed_api import set_counters
 from minillm.data.loader import Batch
-from minillm.run_folder import recorded_run
+from minillm.run_folder import Checkpoint
 from minillm.settings.resume import check_resumable
 from minillm.settings.run import RunConfig
 from minillm.training import checkpoint
@@ -28,7 +27,7 @@ from minillm.utils.errors import UserError
 from minillm.utils.logging import say
 
 
-def check_same_run(run: RunConfig, data: Data, source: Path | None) -> None:
+def check_same_run(run: RunConfig, data: Data, source: Checkpoint | None) -> None:
     """Refuse a folder of another run, or of this run on other data.
 
     Args:
@@ -37,11 +36,11 @@ def check_same_run(run: RunConfig, data: Data, source: Path | None) -> None:
     Raises:
         UserError: what differs, with both values.
     """
-    recorded = recorded_run(run.run_dir)
+    recorded = run.folder.recorded_settings()
     if source is None:
         return
     if recorded is None:
-        warn_once(f"{run.run_dir / 'run.yaml'} is missing: nobody can tell whether the seed is the same")
+        warn_once(f"{run.folder.settings} is missing: nobody can tell whether the seed is the same")
     else:
         check_resumable(run, recorded)
     _, values = checkpoint.read_state(source)
@@ -52,11 +51,11 @@ def check_same_run(run: RunConfig, data: Data, source: Path | None) -> None:
         return
     if {**then, "validation": None} == {**now, "validation": None}:
         raise UserError(
-            f"{source} was validated on other data ({then['validation']}, now {now['validation']}): its validation "
-            f"losses and those to come could not be compared. Put the shards back to resume, or choose another run_name"
+            f"{source.path} was validated on other data ({then['validation']}, now {now['validation']}): its losses "
+            f"and those to come could not be compared. Put the shards back to resume, or choose another run_name"
         )
     raise UserError(
-        f"{source} was trained on other data: {then}, now {now}. Put the shards back to resume, or choose another "
+        f"{source.path} was trained on other data: {then}, now {now}. Put the shards back to resume, or choose another "
         f"run_name"
     )
 
@@ -79,7 +78,7 @@ def check_ranks_agree(run: RunConfig, data: Data) -> None:
 
 
 def warm_up_and_restore(
-    engine, batch: Batch, run: RunConfig, data: Data, source: Path | None, exact: dict[str, torch.Tensor] | None
+    engine, batch: Batch, run: RunConfig, data: Data, source: Checkpoint | None, exact: dict[str, torch.Tensor] | None
 ) -> TrainState:
     """One step at learning rate 0, then the checkpoint's state, or a clean one.
 
@@ -95,7 +94,8 @@ def warm_up_and_restore(
         warm_up(engine, batches, max(1, int(tokens)))
     except NonFiniteError as error:
         fix = "move that folder away to go on from an older one" if source else "choose other weights"
-        raise NonFiniteError(f"the weights of {source or data.base} are ruined: {error}; {fix}") from error
+        folder = source.path if source else data.base
+        raise NonFiniteError(f"the weights of {folder} are ruined: {error}; {fix}") from error
     except RuntimeError as error:
         if "deterministic implementation" not in str(error):
             raise
@@ -104,7 +104,7 @@ def warm_up_and_restore(
     say(f"warm-up step: {time.perf_counter() - start:.1f} s")
     if source is not None:
         state = checkpoint.restore_training(engine, source, run.seed)
-        say(f"resumed from step {state.step} of {source}")
+        say(f"resumed from step {state.step} of {source.path}")
         return state
     checkpoint.reset_optimizer_state(engine, 0)
     if exact is not None:

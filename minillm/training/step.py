@@ -119,7 +119,7 @@ def take_step(
             factor = float(distributed.world_size())  # DeepSpeed averages over ranks; the loss is divided already
             is_last = number == len(micro_batches)
             if is_last and judge.may_leave_out:
-                losses, routing = _sum_over_ranks(losses, routing)
+                losses, routing = sum_over_ranks(losses, routing)
                 fault = judge.judge(_numbers(losses))
                 if fault is not None:
                     factor = math.nan  # makes DeepSpeed leave the update out and clear what has been added up
@@ -127,7 +127,7 @@ def take_step(
             if not is_last:
                 engine.step()
         if not judge.may_leave_out:
-            losses, routing = _sum_over_ranks(losses, routing)
+            losses, routing = sum_over_ranks(losses, routing)
             fault = judge.judge(_numbers(losses))
         terms = _numbers(losses)
         del terms["total"]
@@ -180,7 +180,7 @@ def _numbers(losses: Tensors) -> dict[str, float]:
     return {name: float(value) for name, value in losses.items()}
 
 
-def _sum_over_ranks(*tables: Tensors) -> list[Tensors]:
+def sum_over_ranks(*tables: Tensors) -> list[Tensors]:
     """The same tables with every tensor summed over the ranks, in float64 on the CPU; one all-reduce for all, and one
     wait for the device."""
     values = [value for table in tables for value in table.values()]

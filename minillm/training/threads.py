@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm.models.linear import should_widen
+from minillm.run_folder import RunFolder
 from minillm.utils import distributed
 from minillm.utils.errors import UserError
 from minillm.utils.files import read_json, write_json
@@ -55,10 +56,10 @@ class ThreadCount:
     """
 
     def __init__(
-        self, run_dir: Path, step: int, measure: Callable[[list[int]], list[float]],
+        self, folder: RunFolder, step: int, measure: Callable[[list[int]], list[float]],
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
-        self._path, self._measure, self._clock = run_dir / "threads.json", measure, clock
+        self._path, self._measure, self._clock = folder.threads, measure, clock
         self._start_watching(step)
         self._changes: list[Change] = []
         if distributed.default_device().type != "cpu":

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from minillm.run_folder import RunFolder
 from minillm.settings.run import RunConfig
 from minillm.training.expert_load import scalars
 from minillm.utils.errors import UserError
@@ -28,9 +29,9 @@ class Tracker:
     """Everything that is told a record."""
 
     def __init__(self, run: RunConfig, step: int):
-        self._run_dir = run.run_dir
-        cut_back(self._run_dir, step)
-        self._files: dict[str, TextIO] = {}  # by name, each opened for its first record
+        self._folder = run.folder
+        cut_back(self._folder, step)
+        self._files: dict[Path, TextIO] = {}  # each opened for its first record
         self._wandb = open_wandb(run)
         self._board = open_tensorboard(run, step)
 
@@ -40,29 +41,28 @@ class Tracker:
         Args:
             experts: minillm.training.expert_load.experts_record of the step.
         """
-        self._append("metrics.jsonl", {"step": step, **record})
+        self._append(self._folder.metrics, {"step": step, **record})
         if experts is not None:
-            self._append("experts.jsonl", {"step": step, **experts})
+            self._append(self._folder.experts, {"step": step, **experts})
             record = record | scalars(experts)
         self._tell_wandb(lambda tracked: tracked.log({**record, "train_step": step}))
         if self._board is not None:
             for name, value in record.items():
                 self._board.add_scalar(name, value, step)
 
-    def _append(self, name: str, record: dict[str, object]) -> None:
-        path = self._run_dir / name
+    def _append(self, path: Path, record: dict[str, object]) -> None:
         try:
-            if name not in self._files:
-                self._files[name] = open(path, "a", encoding="utf-8")
-            self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._files[name].flush()
+            if path not in self._files:
+                self._files[path] = open(path, "a", encoding="utf-8")
+            self._files[path].write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._files[path].flush()
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error}); mend that and run again") from error
 
     def sample(self, step: int, samples: list[dict[str, str]]) -> None:
         """Append generated texts to samples.jsonl."""
         for sample in samples:
-            self._append("samples.jsonl", {"step": step, **sample})
+            self._append(self._folder.samples, {"step": step, **sample})
 
     def close(self, exit_code: int = 0) -> None:
         """End the run in the trackers: `exit_code` other than 0 marks it as failed in W&B."""
@@ -95,9 +95,9 @@ class NoTracker:
     def close(self, exit_code: int = 0) -> None: ...
 
 
-def cut_back(run_dir: Path, step: int) -> None:
+def cut_back(folder: RunFolder, step: int) -> None:
     """Drop the records after `step` (and a line that a kill left half-written)."""
-    for file in (run_dir / name for name in ("metrics.jsonl", "experts.jsonl", "samples.jsonl")):
+    for file in (folder.metrics, folder.experts, folder.samples):
         if not file.exists():
             continue
         # "\n" alone ends a record: texts of samples may hold the line ends that str.splitlines also knows.
@@ -131,7 +131,7 @@ def open_wandb(run: RunConfig):
         return None
     import wandb  # heavy, and not needed where W&B is off
 
-    id_file = run.run_dir / "wandb" / "run_id"
+    id_file = run.folder.wandb_id
     if not id_file.exists():
         write_atomic(id_file, secrets.token_hex(4))
     tracked = wandb.init(
@@ -157,4 +157,4 @@ def open_tensorboard(run: RunConfig, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("log.tensorboard=true needs the tensorboard package: pip install tensorboard") from error
-    return SummaryWriter(run.run_dir / "tensorboard", purge_step=step + 1)
+    return SummaryWriter(run.folder.tensorboard, purge_step=step + 1)

@@ -52,7 +52,7 @@ def validate(
             batch = loader.batch_at(step)
             sums[3] += batch.num_bad_rows
             for micro_batch in batch.micro_batches:
-                sums[:3] += _sums(engine, micro_batch, token_bytes)
+                sums[:3] += sums_of(engine, micro_batch, token_bytes)
         sums = torch.tensor(distributed.reduce_sum(sums.tolist()), dtype=torch.float64)
         totals += sums
         if len(loaders) > 1:
@@ -75,7 +75,7 @@ def validate(
     return {"val_loss": mean, "val_ppl": perplexity(mean), "val_bpb": bpb, **result}
 
 
-def _sums(engine, micro_batch: dict[str, torch.Tensor], token_bytes: torch.Tensor) -> torch.Tensor:
+def sums_of(engine, micro_batch: dict[str, torch.Tensor], token_bytes: torch.Tensor) -> torch.Tensor:
     targets = micro_batch["shift_labels"]
     kept = targets[targets != -100]
     one = torch.ones((), dtype=torch.long, device=engine.device)  # the sum; a number would be compiled anew

@@ -92,9 +92,9 @@ def test_borders_come_in_few_sizes():
 def test_any_step_at_any_time(folder):
     loader, fresh = make_loader(folder), make_loader(folder)
     for step in (0, 1, 2, 10**9, 10**9 + 1, 1, 0):
-        assert rows_of(loader.batch_at(step)) == rows_of(fresh._build(step))
+        assert rows_of(loader.batch_at(step)) == rows_of(fresh.build(step))
     loader.close()
-    assert rows_of(loader.batch_at(4)) == rows_of(fresh._build(4))  # closing only stops reading ahead
+    assert rows_of(loader.batch_at(4)) == rows_of(fresh.build(4))  # closing only stops reading ahead
 
 
 @pytest.mark.parametrize("packing", ["concat", "none"])

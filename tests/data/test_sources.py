@@ -284,10 +284,10 @@ from pathlib import Path
 from minillm.data import compile_shards, sources
 slow = float(sys.argv[4])
 if slow:  # every piece takes a while, so that others come while it runs
-    fast = compile_shards._encode_unit
-    def _encode_unit(unit): time.sleep(slow); return fast(unit)
-    compile_shards._encode_unit, compile_shards.UNIT_BYTES = _encode_unit, 8000
-    _encode_unit.__module__, _encode_unit.__qualname__ = "minillm.data.compile_shards", "_encode_unit"
+    fast = compile_shards.encode_unit
+    def encode_unit(unit): time.sleep(slow); return fast(unit)
+    compile_shards.encode_unit, compile_shards.UNIT_BYTES = encode_unit, 8000
+    encode_unit.__module__, encode_unit.__qualname__ = "minillm.data.compile_shards", "encode_unit"
 source, = sources.open_sources(sys.argv[1], tokenizer_path=Path(sys.argv[2]), cache_dir=Path(sys.argv[3]))
 print(source)
 """

@@ -84,36 +84,36 @@ class Trap:
                 yield item
 
         @functools.wraps(function)
-        def half(writer, data):
-            """Of SafetensorsWriter._put: half of these bytes reach the file."""
-            if self.fits((writer._file.name,)):
-                writer._file.write(memoryview(data)[: len(data) // 2])
-                writer._file.flush()
-                self.spring()
-            return function(writer, data)
+        def half(path, *args, **kwargs):
+            """Of open: half of what is written in one call reaches the file."""
+            file = function(path, *args, **kwargs)
+            return HalfFile(file, self, path) if re.search(self.spec["match"], as_text(path)) else file
 
-        @functools.wraps(function)
-        def half_record(path, *args, **kwargs):
-            """Of record_event and Tracker._append: half of the line reaches the file."""
-            size = file_size(args, path)
-            result = function(path, *args, **kwargs)
-            if self.fits(args):
-                file = named_file(args, path)
-                os.truncate(file, (size + file.stat().st_size) // 2)
-                self.spring()
-            return result
-
-        return {"items": items, "half": half, "half_record": half_record}.get(when, call)
+        return {"items": items, "half": half}.get(when, call)
 
 
-def named_file(args: tuple, owner: object) -> Path:
-    """The file a record goes to: a tracker's by name, or the events of a run folder."""
-    return Path(owner) / "events.jsonl" if isinstance(owner, Path) else owner._run_dir / args[0]
+class HalfFile:
+    """A file whose nth write is cut in two by a kill."""
 
+    def __init__(self, file, trap: Trap, path: object):
+        self._file, self._trap, self._path = file, trap, path
 
-def file_size(args: tuple, owner: object) -> int:
-    file = named_file(args, owner)
-    return file.stat().st_size if file.exists() else 0
+    def write(self, data):
+        if self._trap.fits((self._path,)):
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            self._trap.spring()
+        return self._file.write(data)
+
+    def __enter__(self):
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._file.__exit__(*error)
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
 
 
 def as_text(argument: object) -> str:

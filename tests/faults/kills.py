@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minillm.run_folder import list_checkpoints
+from minillm.run_folder import RunFolder
 from minillm.utils.files import manifest_problems
 from tests.faults.places import Place
 from tests.support.launching import ROOT, TIMEOUT, checkpoint, command, environment, losses, run, same_bits
@@ -161,13 +161,13 @@ class Broken:
 
     def damage(self) -> Path:
         """Flip a bit of the newest checkpoint's weights."""
-        newest = list_checkpoints(self.folder)[0]
+        newest = RunFolder(self.folder).checkpoints()[0].path
         with open(newest / "model.safetensors", "r+b") as file:
             file.seek(-1, os.SEEK_END)
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last ^ 1]))
-        self.newest = int(list_checkpoints(self.folder)[1].name.removeprefix("step-"))
+        self.newest = RunFolder(self.folder).checkpoints()[1].step
         return newest
 
     def examine(
@@ -178,7 +178,7 @@ class Broken:
         seconds = 0.0 if killed_at is None or self.kind.ranks == 1 else time.time() - killed_at
         self.check_resumed()
         before = self.newest
-        folders = [folder for folder in list_checkpoints(self.folder) if folder != damaged]
+        folders = [one.path for one in RunFolder(self.folder).checkpoints() if one.path != damaged]
         for folder in folders:
             assert manifest_problems(folder) == [], what
             self.check_equal(folder, what)

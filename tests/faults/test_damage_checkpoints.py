@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.training.checkpoint import newest_to_resume
+from minillm.run_folder import RunFolder
 from minillm.utils.errors import UserError
 from minillm.utils.files import MANIFEST, manifest_problems, write_json
 from tests.faults.damage_files import as_nobody, contents, cut, flip, group_of_one, relist
@@ -315,7 +315,8 @@ def test_an_unreadable_file(broken, fault_table, capfd):
         os.chdir(broken["run_root"])
     try:
         with as_nobody():
-            assert newest_to_resume(Path("r") if outside else Path(broken["run_root"]) / "r").name == "step-000002"
+            folder = RunFolder(Path("r") if outside else Path(broken["run_root"]) / "r")
+            assert folder.newest_to_resume("content").step == 2
     finally:
         os.chdir(ROOT)
     assert "optimizer.safetensors cannot be read (Permission denied)" in capfd.readouterr().err

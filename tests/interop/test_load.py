@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm
 from minillm.interop.load import load_model, load_model_folder, load_tokenizer
-from minillm.run_folder import describe_model_folder, newest_checkpoint, newest_run_checkpoint, resolve_model_folder
+from minillm.run_folder import RunFolder, describe_model_folder, newest_run_checkpoint, resolve_model_folder
 from minillm.utils.errors import UserError
 from tests.support.tiny_run import tiny_model, tiny_tokenizer, write_run
 
@@ -79,7 +79,7 @@ def test_a_run_without_a_whole_checkpoint_is_passed_over_or_named(runs, capsys):
         resolve_model_folder("talk")
     shutil.rmtree(runs / "talk/checkpoints/step-000010")
     shutil.rmtree(runs / "talk/checkpoints/step-000020")
-    assert newest_checkpoint(runs / "talk") is None
+    assert RunFolder(runs / "talk").newest("content") is None
     with pytest.raises(UserError, match="has no checkpoint yet"):
         resolve_model_folder("talk")
 

@@ -10,9 +10,11 @@ import pytest
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.planning.micro_batch import fill_gpu
 from minillm.planning.step import Setup, memory
+from minillm.run_folder import RESUMABLE
 from minillm.settings.presets import preset
 from minillm.settings.resolve import resolve, uses_builtin_data
 from minillm.utils.errors import UserError
+from minillm.utils.files import write_manifest
 from tests.support.launching import ROOT
 from tests.support.tiny_run import tiny_tokenizer, write_checkpoint, write_run
 
@@ -83,6 +85,9 @@ def test_a_fine_tuning_run_goes_on_with_its_own_model_whatever_was_pretrained_si
     assert first.model.architecture.num_experts == 8 and first.run.model.moe_backend == "autoep"
 
     own = write_checkpoint(tmp_path / "chat", 5, moe_model())
+    for name in RESUMABLE[1:]:  # what a run goes on from
+        (own / name).touch()
+    write_manifest(own, {"step": 5})
     write_run(tmp_path, "newer", stage="pretrain", steps=(20,))  # no experts: moe_zero3.json would be refused for it
     again = fine_tuning(tmp_path)
     assert again.model.base == own and again.model.architecture == first.model.architecture

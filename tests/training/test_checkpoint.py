@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.run_folder import newest_checkpoint
+from minillm.run_folder import RunFolder
 from minillm.training import checkpoint as checkpoints
 from minillm.training.safetensors_stream import SafetensorsWriter
 from minillm.utils.errors import UserError
@@ -81,7 +81,7 @@ class TestSaved:
         assert [p.name for p in folder.iterdir()] == ["step-000000"]
         assert same_bits(checkpoint(tmp_path / "r", 0), before)
         save(trainer)  # and goes on when there is room again
-        assert newest_checkpoint(tmp_path / "r").name == "step-000001"
+        assert RunFolder(tmp_path / "r").newest("content").step == 1
         trainer.close(0)
 
     def test_a_damaged_newest_one_is_passed_over(self, settings, tmp_path, capsys):
@@ -109,7 +109,7 @@ class TestSaved:
         train({**settings, "train.max_steps": 2})
         folder = tmp_path / "r" / "checkpoints"
         shutil.copytree(folder / "step-000002", folder / "step-000003.tmp")
-        assert newest_checkpoint(tmp_path / "r").name == "step-000002"
+        assert RunFolder(tmp_path / "r").newest("content").step == 2
         train({**settings, "train.max_steps": 4})
         assert not list(folder.glob("*.tmp"))
 
@@ -124,7 +124,7 @@ class TestSaved:
         trainer.state.record_validation(1.0)
         trainer.state.step = 7
         save(trainer)
-        assert list(checkpoints.checkpoint_steps(tmp_path / "r" / "checkpoints")) == [2, 5, 7]
+        assert [one.step for one in RunFolder(tmp_path / "r").checkpoints()] == [7, 5, 2]
         trainer.close(0)
 
     def test_pruning_never_counts_a_damaged_newer_one(self, settings, tmp_path):
@@ -136,12 +136,12 @@ class TestSaved:
         (folder / "step-000009" / "model.safetensors").write_bytes(b"")
         trainer.state.step = 1
         save(trainer)
-        assert list(checkpoints.checkpoint_steps(folder)) == [1]
+        assert [one.step for one in RunFolder(folder.parent).checkpoints()] == [1]
         trainer.close(0)
 
     def test_state_survives_exactly(self, settings, tmp_path):
         train({**settings, "train.max_steps": 2}, FP32_ZERO2)
-        state, values = checkpoints.read_state(tmp_path / "r" / "checkpoints" / "step-000002")
+        state, values = checkpoints.read_state(RunFolder(tmp_path / "r").checkpoint(2))
         assert state.step == 2
         assert state.tokens == [json.loads(s) for s in open(tmp_path / "r" / "metrics.jsonl")][-1]["tokens"]
         assert values["data"]["tokenizer"]

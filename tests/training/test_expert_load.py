@@ -13,6 +13,7 @@ import torch
 
 from minillm.models import MiniLLMConfig
 from minillm.models.moe import SparseMoE
+from minillm.run_folder import RunFolder
 from minillm.training.checkpoint import read_state
 from minillm.training.expert_load import (
     count_idle_steps,
@@ -242,7 +243,7 @@ def test_resume_continues_the_watch_to_the_bit(moe_settings, tmp_path, capsys):
     assert run_with_idle_experts(broken) == 0
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "no token" in line]
     assert "step 6: no token for 6 steps: layer 1 expert 5, layer 3 experts 0 and 2;" in said
-    states = [read_state(tmp_path / name / "checkpoints" / "step-000007")[0] for name in ("straight", "broken")]
+    states = [read_state(RunFolder(tmp_path / name).checkpoint(7))[0] for name in ("straight", "broken")]
     assert states[0].expert_idle_steps == states[1].expert_idle_steps
     assert states[0].expert_idle_steps[1][5] == 7
     assert experts_lines(tmp_path / "straight") == experts_lines(tmp_path / "broken")
@@ -282,7 +283,7 @@ def history(run_dir, layers: int, experts: int, steps: int, idle: tuple[int, int
 @pytest.mark.parametrize(("layers", "experts", "steps"), [(1, 4, 1), (2, 8, 50), (24, 64, 450)])
 def test_the_heat_map_shows_an_idle_expert_in_black(tmp_path, layers, experts, steps):
     history(tmp_path / "run", layers, experts, steps, idle=(layers - 1, 2))
-    path = draw_experts(tmp_path / "run")
+    path = draw_experts(RunFolder(tmp_path / "run"))
     picture = matplotlib.image.imread(path)[..., :3]
     height, width = picture.shape[:2]
     assert height <= 12 * 200 and width <= 8.5 * 200
@@ -298,4 +299,4 @@ def test_the_heat_map_shows_an_idle_expert_in_black(tmp_path, layers, experts, s
 
 
 def test_without_experts_there_is_no_picture(tmp_path):
-    assert draw_experts(tmp_path) is None
+    assert draw_experts(RunFolder(tmp_path)) is None

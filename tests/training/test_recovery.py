@@ -16,6 +16,7 @@ import pytest
 
 from minillm.data.loader import BatchLoader
 from minillm.data.sequence_stream import build_stream
+from minillm.run_folder import RunFolder
 from minillm.training import loop
 from minillm.training.recovery import SkippedBatches, spike_threshold
 from minillm.training.step import NonFiniteError
@@ -42,16 +43,16 @@ def events(run_dir) -> list[dict]:
 
 
 def test_the_step_th_batch_that_is_not_left_out(tmp_path):
-    skipped = SkippedBatches(tmp_path)
+    skipped = SkippedBatches(RunFolder(tmp_path))
     skipped.add(3, 4)
     skipped.add(7, 7)
     kept = [batch for batch in range(40) if batch not in (3, 4, 7)]
     assert [skipped.batch_of(step) for step in range(30)] == kept[:30]
-    assert [SkippedBatches(tmp_path).batch_of(step) for step in range(30)] == kept[:30]  # read back
+    assert [SkippedBatches(RunFolder(tmp_path)).batch_of(step) for step in range(30)] == kept[:30]  # read back
     assert (skipped.occasions, skipped.num_batches) == (2, 3)
     (tmp_path / "skipped.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="skipped.json is damaged"):
-        SkippedBatches(tmp_path)
+        SkippedBatches(RunFolder(tmp_path))
 
 
 def test_the_threshold_is_the_median_and_its_deviation():

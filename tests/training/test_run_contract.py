@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from data_tools.shards import build_shards
-from minillm.run_folder import only_writer
+from minillm.run_folder import RunFolder
 from minillm.training.checkpoint import read_state
 from minillm.training.engine import group_timeout
 from minillm.training.metrics import Meter
@@ -160,7 +160,7 @@ def test_resume_refuses_other_data_under_the_same_path(settings, tmp_path):
 
 
 def test_one_writer_a_run_folder(settings, tmp_path):
-    with only_writer(tmp_path / "r"):
+    with RunFolder(tmp_path / "r").only_writer():
         with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
             train(settings)
 
@@ -243,7 +243,7 @@ class SignalBeforeStep:
 
 
 def bad_rows(run_dir, step: int) -> int:
-    return read_state(run_dir / "checkpoints" / f"step-{step:06d}")[0].bad_rows
+    return read_state(RunFolder(run_dir).checkpoint(step))[0].bad_rows
 
 
 def test_validation_data_that_were_written_anew_are_refused(settings, tiny_data, tmp_path):

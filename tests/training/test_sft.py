@@ -10,7 +10,7 @@ import yaml
 
 import minillm
 from minillm.data.tokenizer import save_tokenizer, train_bpe_tokenizer
-from minillm.run_folder import newest_checkpoint
+from minillm.run_folder import RunFolder
 from minillm.utils.errors import UserError
 from tests.support.in_process import built_trainer, train
 from tests.support.launching import checkpoint, metrics
@@ -26,7 +26,7 @@ def test_sft_continues_the_newest_pretraining_run(settings, tiny_data, tmp_path,
     chat |= {"data.train": tiny_data["chat.train"], "data.validation": tiny_data["chat.validation"]}
     chat |= {"run_name": "chat", "train.max_steps": 30, "checkpoint.every": 0, "log.every": 10}
     assert train(chat, stage="sft") == 0
-    base = newest_checkpoint(tmp_path / "base")
+    base = RunFolder(tmp_path / "base").newest().path
     assert f"weights from {base}" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "chat" / "run.yaml").read_text())["model"]["init_from"] == "newest"
     records = [r for r in metrics(tmp_path / "chat") if "loss" in r]

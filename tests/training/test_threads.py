@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 
+from minillm.run_folder import RunFolder
 from minillm.training import loop, threads
 from minillm.training.threads import ThreadCount, product_seconds
 from minillm.utils import distributed
@@ -49,7 +50,7 @@ def machine(monkeypatch) -> Machine:
 @pytest.fixture
 def start(machine, tmp_path):
     def start_at(step: int = 0) -> ThreadCount:
-        return ThreadCount(tmp_path, step, machine.measure, machine.clock)
+        return ThreadCount(RunFolder(tmp_path), step, machine.measure, machine.clock)
 
     return start_at
 

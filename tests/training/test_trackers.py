@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from minillm.run_folder import RunFolder
 from minillm.settings.run import RunConfig
 from minillm.training.trackers import Tracker, cut_back, wandb_mode
 from tests.support.launching import ROOT
@@ -18,7 +19,7 @@ def test_cut_back_drops_later_steps_and_a_half_written_line(tmp_path):
     names = ("metrics.jsonl", "experts.jsonl")
     for name in names:
         (tmp_path / name).write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    cut_back(tmp_path, 2)
+    cut_back(RunFolder(tmp_path), 2)
     assert {p.name for p in tmp_path.iterdir()} == set(names)
     for name in names:
         assert (tmp_path / name).read_text() == "\n".join(lines[:2]) + "\n"
@@ -70,6 +71,7 @@ OUTLIVING = """
 import glob, os, signal, sys, time
 from pathlib import Path
 from minillm.settings.run import RunConfig
+from minillm.run_folder import RunFolder
 from minillm.training.trackers import Tracker
 
 def services():  # W&B's own process, a child of this one
