@@ -61,6 +61,8 @@ class Ranks:
 
     def begin(self, function: str, arguments: list[list]) -> None:
         """Hand a job over and do not wait for it."""
+        if any(process.poll() is not None for process in self.processes):
+            self.stop()  # they ended between two jobs
         if not self.processes:
             self._start()
         self.jobs += 1
