@@ -41,6 +41,8 @@ TEXTS = {
 }
 ROOT = Path(__file__).parents[2]
 
+IMPORTS = "from minillm.data.tokenizer import *; from minillm.data.text_encoding import fingerprint; "
+
 
 @pytest.fixture(scope="module", params=["bpe", "char"])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
@@ -102,7 +104,7 @@ def test_saved_folder_loads_everywhere_with_the_same_fingerprint(tokenizer, tmp_
     loaded = AutoTokenizer.from_pretrained(folder)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
-    code = f"from minillm.data.tokenizer import *; from minillm.data.text_encoding import fingerprint; print(fingerprint(load_tokenizer({str(again)!r})))"
+    code = f"{IMPORTS}print(fingerprint(load_tokenizer({str(again)!r})))"
     fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert fingerprint(tokenizer) == fingerprint(loaded) == fresh.stdout.strip()
     assert len(fingerprint(tokenizer)) == 16 and int(fingerprint(tokenizer), 16) >= 0
@@ -141,7 +143,7 @@ def test_merges_in_another_order_are_another_tokenizer():
 
 def test_training_gives_the_same_tokenizer_in_every_process():
     code = (
-        "from minillm.data.tokenizer import *; from minillm.data.text_encoding import fingerprint; from pydoc_data.topics import topics\n"
+        f"{IMPORTS}from pydoc_data.topics import topics\n"
         "print(fingerprint(train_bpe_tokenizer(topics.values(), 800)))"
     )
     runs = [
