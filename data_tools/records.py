@@ -274,7 +274,7 @@ def _hub_dataset(name: str):
         raise UserError("hf: needs a name: hf:OWNER/NAME[:CONFIG][:SPLIT], for example hf:roneneldan/TinyStories")
     try:
         return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-    except Exception as error:
+    except Exception as error:  # requests, httpx, hub, fsspec and datasets errors alike
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the data set {path} cannot be opened on the Hugging Face hub ({type(error).__name__}: {said}). Check the "

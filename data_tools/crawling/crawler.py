@@ -229,7 +229,7 @@ class Crawler:
                     work.page = read_page(answer, self.product)
                 else:
                     work.pages, work.sitemaps = sitemap_urls(answer.body, answer.url, 10 * self.limits.max_bytes)
-            except Exception as error:
+            except Exception as error:  # what breaks a parser is counted; it must not end the crawl
                 answer.problem, answer.detail = "broken_page", f"{type(error).__name__}: {error}"
             answer.body = b""
         return work

@@ -10,7 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot
+from matplotlib import pyplot  # the backend has to be chosen first
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from minillm.run_folder import RunFolder
