@@ -135,7 +135,7 @@ def dry_run(paths: list[str], count: int, options: dict[str, object], text: Text
     lines = [f"{kept:,} of the first {seen:,} records would stay"] + (table(rows) if reasons else [])
     for name, counts in stage.finish_unit().items():
         if name in ("rules_failed", "lines_removed", "masks", "languages") and counts:
-            shown = sorted(counts.items(), key=lambda item: -item[1])  # type: ignore[attr-defined]
+            shown = sorted(counts.items(), key=lambda item: -item[1])
             lines.append(f"  {name.replace('_', ' ')}: " + ", ".join(f"{rule} {number:,}" for rule, number in shown))
     return lines
 

@@ -119,7 +119,7 @@ def check_contamination(
     with work_folder(out, [*paths, *evaluations], command) as work:
         if (out / "summary.json").is_file():
             say(f"{out} is finished already: nothing to do")
-            return read_json(out / "summary.json")  # type: ignore[return-value]
+            return read_json(out / "summary.json")
         index = build_index(read_sets(evaluations, fields or ()), words, characters)
         save_array(work / "grams.npy", index.grams)
         results = run_units(find_hits, units, {"text": asdict(text), "lengths": list(index.lengths)}, work,

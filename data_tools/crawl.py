@@ -77,7 +77,7 @@ def crawl(options: argparse.Namespace) -> dict[str, object]:
             except KeyboardInterrupt:
                 stopped = True
             summary = summarize(crawler, command | {"user_agent": options.user_agent}, starts)
-            seconds = float(crawler.frontier.get("seconds", 0)) + time.monotonic() - started  # type: ignore[arg-type]
+            seconds = float(crawler.frontier.get("seconds", 0)) + time.monotonic() - started
             summary["seconds"] = round(seconds, 2)
             with crawler.frontier as frontier:
                 frontier.put("seconds", seconds)

@@ -86,7 +86,7 @@ def _form(dataset: Dataset) -> str:
     form, value = next(iter(dataset.converter.items()))
     if form != "messages":
         return f"text, {'column' if form == 'text' else 'from the template'} {value!r}"
-    return "messages, " + ", ".join(f"{key} {item}" for key, item in value.items())  # type: ignore[attr-defined]
+    return "messages, " + ", ".join(f"{key} {item}" for key, item in value.items())
 
 
 def get_dataset(dataset: Dataset, out: Path, options: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ def downloaded_paths(folder: Path) -> list[str]:
         raise UserError(f"{folder} is not a folder: name the one that `download get` wrote")
     record = folder / RECORD
     if record.is_file():
-        return without_parts_of(read_json(record)["files"])  # type: ignore[index]
+        return without_parts_of(read_json(record)["files"])
     below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parts))
 

@@ -75,7 +75,7 @@ def open_binary(path: Path | str, progress: Progress = lambda size: None) -> Bin
     """A file's bytes, decompressed by its suffix; `progress` hears of the bytes as they are on the disk."""
     raw = _Counted(path, progress)
     if str(path).lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 18))  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 18))
     if str(path).lower().endswith(".zst"):
         return io.BufferedReader(_Zstandard(io.BufferedReader(raw, 1 << 18)), 1 << 18)
     return io.BufferedReader(raw, 1 << 18)

@@ -119,7 +119,7 @@ def read_text_pieces(
                 break
             end = carry.rfind("\n") + 1 or len(carry)
             # a file of exactly one piece must stay one piece: hand out only when more is known to follow
-            if file.peek(1):  # type: ignore[attr-defined]
+            if file.peek(1):
                 yield carry[:end]
                 carry = carry[end:]
     if carry:

@@ -108,7 +108,7 @@ def run_units(
                 _one(function, unit, arguments, work, results[unit.number], bar.add)
     elif todo:
         _in_processes(function, todo, arguments, work, results, workers, bar)
-    return [read_json(results[unit.number]) for unit in units]  # type: ignore[misc]
+    return [read_json(results[unit.number]) for unit in units]
 
 
 def _one(

@@ -79,8 +79,8 @@ def _fix(rejected: Rejected, text: TextField) -> str:
 def document_texts(document: Document) -> list[str]:
     """The texts in a document: its text, or the contents of its messages in order."""
     if "messages" in document and "text" not in document:
-        return [message["content"] for message in document["messages"]]  # type: ignore[attr-defined]
-    return [document["text"]]  # type: ignore[list-item]
+        return [message["content"] for message in document["messages"]]
+    return [document["text"]]
 
 
 __all__ = ["Document", "corpus_files", "document_texts", "iterate_documents"]

@@ -77,7 +77,7 @@ def record_text(record: Record) -> str:
     """A record's text; of a conversation the contents of its messages, a line each."""
     if "text" in record:
         return str(record["text"])
-    return "\n".join(message["content"] for message in record["messages"])  # type: ignore[attr-defined]
+    return "\n".join(message["content"] for message in record["messages"])
 
 
 def _as_text(value: object) -> str | None:
@@ -108,7 +108,7 @@ def _checked_conversation(raw: Raw, identity: str, fields: Record) -> Record | R
         check_messages(fields["messages"], where=raw.place)
     except UserError as error:
         return Rejected(identity, "wrong_messages", str(error))
-    for message in fields["messages"]:  # type: ignore[attr-defined]
+    for message in fields["messages"]:
         if (problem := _half_surrogate(message["content"])) is not None:
             return Rejected(identity, "not_unicode", f"{raw.place} {problem}")
     return fields
@@ -274,7 +274,7 @@ def _hub_dataset(name: str):
         raise UserError("hf: needs a name: hf:OWNER/NAME[:CONFIG][:SPLIT], for example hf:roneneldan/TinyStories")
     try:
         return datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # noqa: BLE001 - requests, httpx, hub, fsspec and datasets errors alike
+    except Exception as error:  # requests, httpx, hub, fsspec and datasets errors alike
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the data set {path} cannot be opened on the Hugging Face hub ({type(error).__name__}: {said}). Check the "

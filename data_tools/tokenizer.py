@@ -27,16 +27,8 @@ from typing import TYPE_CHECKING
 from data_tools.formats import is_text, read_text_pieces, suffix_of
 from data_tools.readers import document_texts, iterate_documents
 from minillm.data.foreign_tokenizer import complete_tokenizer, open_tokenizer
-from minillm.data.tokenizer import (
-    SPECIAL_TOKENS,
-    build_char_tokenizer,
-    encode_texts,
-    fingerprint,
-    save_tokenizer,
-    token_byte_lengths,
-    train_bpe_tokenizer,
-    vocabulary_size,
-)
+from minillm.data.text_encoding import encode_texts, fingerprint, token_byte_lengths, vocabulary_size
+from minillm.data.tokenizer import SPECIAL_TOKENS, build_char_tokenizer, save_tokenizer, train_bpe_tokenizer
 from minillm.utils.commands import command_name
 from minillm.utils.errors import UserError, exit_on_user_error
 from minillm.utils.files import publish_directory

@@ -191,7 +191,7 @@ def run_stage_on_units(
     """`run_stage` inside a work_folder that is open: the last pass of a tool with several."""
     if (out / "summary.json").is_file():
         say(f"{out} is finished already: nothing to do")
-        return read_json(out / "summary.json")  # type: ignore[return-value]
+        return read_json(out / "summary.json")
     start = time.monotonic()
     arguments = {"stage": _name_of(stage), "options": options,
                  "text": asdict(text) if text else None, "compress": compress, "out": str(out)}  # fmt: skip
@@ -293,17 +293,17 @@ def encode(record: Record) -> bytes:
 def part_file(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name when it is whole, compressed by its suffix; none where nothing was written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    raw = open(temporary, "wb")  # noqa: SIM115
+    raw = open(temporary, "wb")
     try:
         if path.suffix == ".gz":
-            file: BinaryIO = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, mtime=0, filename="")  # type: ignore
+            file: BinaryIO = gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, mtime=0, filename="")
         elif path.suffix == ".zst":
             compressor = require("zstandard").ZstdCompressor(level=6)
             file = compressor.stream_writer(raw, closefd=False)
         else:
             file = raw
         counted = _Written(file)
-        yield counted  # type: ignore[misc]
+        yield counted
         if file is not raw:
             file.close()
         raw.flush()
@@ -322,6 +322,6 @@ class _Written(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         self._file, self.empty = file, True
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: bytes) -> int:
         self.empty = False
         return self._file.write(data)

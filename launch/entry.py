@@ -39,7 +39,7 @@ from minillm.utils.places import configs_dir  # noqa: E402
 prepare_environment()
 
 
-def parse_arguments(description: str, default_config: str) -> argparse.Namespace:
+def parse_arguments(description: str, default_config: str, argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=commands.started_as,
         description=description,
@@ -56,7 +56,7 @@ def parse_arguments(description: str, default_config: str) -> argparse.Namespace
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if on N ranks")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
         parser.error("--ranks N (1 or more) goes with --dry-run; the launcher decides how many ranks a run has")
     return arguments

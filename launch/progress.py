@@ -27,8 +27,7 @@ def run_of(words: list[str]) -> Path | None:
         is_command = word == stage and place > 0 and Path(words[place - 1]).name == "minillm"
         if stage in DEFAULT_CONFIGS and (word.endswith(".py") or is_command):
             rest = split_launcher(words[place + 1 :])[1] if is_command else words[place + 1 :]
-            sys.argv = [word, *rest]
-            arguments = parse_arguments(stage, DEFAULT_CONFIGS[stage])
+            arguments = parse_arguments(stage, DEFAULT_CONFIGS[stage], rest)
             run, problems = load_run_config(
                 arguments.config, arguments.overrides, stage=stage, configs_dir=configs_dir()
             )

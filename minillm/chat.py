@@ -79,21 +79,21 @@ class Session:
         conversation: Conversation,
         sampling: Sampling,
     ):
-        from minillm.inference.generate import context_length
+        from minillm.models.chat import context_length
 
         self._model, self._tokenizer, self.conversation = model, tokenizer, conversation
-        self._sampling, self._context = sampling, context_length(model)
+        self._sampling, self._context = sampling, context_length(model.config)
 
     def reply(self, text: str) -> None:
         """Answer `text` on stdout. On KeyboardInterrupt what was said so far is kept, and the interrupt goes on."""
-        from minillm.inference.generate import stream_reply
+        from minillm.inference.generate import ReplyStream
 
         reserve = min(self._sampling.max_new_tokens, self._context // 2)
         ids, forgotten = self.conversation.ask(text, self._context, reserve)
         if forgotten:
             turns = "turn" if forgotten == 1 else f"{forgotten} turns"
             note(f"the context of {self._context} tokens is full: forgot the oldest {turns}")
-        stream = stream_reply(self._model, self._tokenizer, ids, self._sampling)
+        stream = ReplyStream(self._model, self._tokenizer, ids, self._sampling)
         pieces = []
         try:
             for piece in stream:
@@ -171,7 +171,8 @@ def handle(session: Session, message: str) -> None:
 
 def open_session(args: argparse.Namespace) -> Session:
     """Find and load what the arguments name, and say what it is."""
-    from minillm.interop.load import load_model_folder, load_tokenizer
+    from minillm.data.foreign_tokenizer import open_tokenizer
+    from minillm.interop.load import load_model_folder
     from minillm.run_folder import describe_model_folder, resolve_model_folder
 
     folder = resolve_model_folder(args.run)
@@ -187,7 +188,7 @@ def open_session(args: argparse.Namespace) -> Session:
     sampling = Sampling(
         args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.max_new_tokens, args.seed
     )  # fmt: skip
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     is_base = origin.stage == "pretrain"
     encode = continuation_encoder(tokenizer) if is_base else chat_encoder(tokenizer)
     model = load_model_folder(folder, args.device, args.dtype)
@@ -200,12 +201,12 @@ def open_session(args: argparse.Namespace) -> Session:
 
 def describe(model: PreTrainedModel, origin: ModelFolder) -> str:
     """One line: which model, how large, where and in what it runs."""
-    from minillm.inference.generate import context_length
+    from minillm.models.chat import context_length
 
     name = f"{origin.run} step {origin.step} ({origin.path})" if origin.run else str(origin.path)
     dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(str(model.dtype).removeprefix("torch."), str(model.dtype))
     size = f"{model.num_parameters() / 1e6:,.2f}M parameters"
-    return f"{name}: {size}, {model.device.type}, {dtype}, context {context_length(model)} tokens"
+    return f"{name}: {size}, {model.device.type}, {dtype}, context {context_length(model.config)} tokens"
 
 
 def _from_command_line(text: str) -> str:

@@ -59,11 +59,12 @@ def export(run: str | Path, out: Path, format: str = "hf", dtype: str = "fp32") 
         raise UserError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name a new folder, or delete it first")
-    from minillm.interop.load import load_model_folder, load_tokenizer
+    from minillm.data.foreign_tokenizer import open_tokenizer
+    from minillm.interop.load import load_model_folder
     from minillm.run_folder import describe_model_folder, resolve_model_folder
 
     folder = resolve_model_folder(run)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     model, needs_code = _as_format(load_model_folder(folder, device="cpu", dtype="fp32"), format)
     _cast_parameters(model, dtype)
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
@@ -115,12 +116,12 @@ def _write(
 ) -> None:
     from transformers import GenerationConfig
 
-    from minillm.inference.generate import stop_token_ids
     from minillm.interop.model_card import model_card
     from minillm.interop.own_code import add_own_code
+    from minillm.models.chat import end_of_turn_ids
     from minillm.run_folder import EXPORT_RECORD
 
-    stops = stop_token_ids(model, tokenizer)
+    stops = end_of_turn_ids(tokenizer, model.generation_config)
     model.generation_config = GenerationConfig(
         eos_token_id=stops or None, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
     )

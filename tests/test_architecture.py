@@ -28,7 +28,7 @@ FLOORS = {  # what each part may import of the project, besides itself
     "interop": {"models", *CORE},
     "training": {"planning", "models", "data", "interop", *CORE},
     "preflight": {"training", "planning", "models", "data", "interop", *CORE},
-    "inference": {"data", "compat", "utils"},
+    "inference": {"models", "data", "compat", "utils"},
     "data_tools": {"data", "compat", "utils"},
     "launch": {"preflight", "training", "planning", "interop", "data_tools", *CORE},
     "": {"interop"},  # minillm/__init__.py: minillm.load

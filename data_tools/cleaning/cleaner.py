@@ -109,7 +109,7 @@ class Cleaner:
             found = Cleaned("")
             messages = [
                 {**message, "content": self._repaired_and_masked(message["content"], found)}
-                for message in record["messages"]  # type: ignore[attr-defined]
+                for message in record["messages"]
             ]
             found.text = "\n".join(message["content"] for message in messages)
             changed = {"messages": messages}

@@ -102,13 +102,13 @@ class Crawler:
         self.product = product_of(user_agent)
         self.fetcher = Fetcher(user_agent, scope.starts, limits.max_bytes, limits.timeout_s)
         self.frontier = Frontier(work / "frontier.sqlite")
-        self.scope = replace(scope, starts=scope.starts | set(self.frontier.get("joined", [])))  # type: ignore[call-overload]
+        self.scope = replace(scope, starts=scope.starts | set(self.frontier.get("joined", [])))
         self.output = Output(out, work, self.frontier)
         self.hosts: dict[str, _Host] = {}
         for host, fetched in self.frontier.fetched_of_hosts().items():
             self._host(host).fetched = fetched
         self.fetched = sum(host.fetched for host in self.hosts.values())
-        self.extracted = int(self.frontier.get("records", 0))  # type: ignore[call-overload]
+        self.extracted = int(self.frontier.get("records", 0))
         self.started = self.clock.now()
         self._at_start = self.fetched
         self._line = Line(self.text)
@@ -229,7 +229,7 @@ class Crawler:
                     work.page = read_page(answer, self.product)
                 else:
                     work.pages, work.sitemaps = sitemap_urls(answer.body, answer.url, 10 * self.limits.max_bytes)
-            except Exception as error:  # noqa: BLE001 - what breaks a parser is counted; it must not end the crawl
+            except Exception as error:  # what breaks a parser is counted; it must not end the crawl
                 answer.problem, answer.detail = "broken_page", f"{type(error).__name__}: {error}"
             answer.body = b""
         return work
@@ -339,7 +339,7 @@ class Crawler:
     def _join(self, frontier: Frontier, netloc: str) -> None:
         """Take a host into the scope, also of the runs that go on with this one."""
         say(f"the start leads to {netloc}, which is crawled too")
-        frontier.put("joined", [*frontier.get("joined", []), netloc])  # type: ignore[misc]
+        frontier.put("joined", [*frontier.get("joined", []), netloc])
         self.scope = replace(self.scope, starts=self.scope.starts | {netloc})
 
     def _add_links(self, frontier: Frontier, links: list[str], depth: int) -> None:

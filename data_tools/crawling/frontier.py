@@ -82,7 +82,7 @@ class Frontier:
     def add_up(self, **counts: int) -> None:
         for key, count in counts.items():
             if count:
-                self.put(key, int(self.get(key, 0)) + count)  # type: ignore[call-overload]
+                self.put(key, int(self.get(key, 0)) + count)
 
     # -- addresses
 

@@ -23,14 +23,14 @@ class Output:
 
     def __init__(self, out: Path, work: Path, frontier: Frontier) -> None:
         self._out, self._open, self._frontier = out, work / "part.jsonl", frontier
-        self.number, self.length = int(frontier.get("part", 0)), int(frontier.get("length", 0))  # type: ignore[call-overload]
+        self.number, self.length = int(frontier.get("part", 0)), int(frontier.get("length", 0))
         if self.length and not self._open.exists() and self._part().exists():
             self._forget()  # killed between the renaming and its note
         found = self._open.stat().st_size if self._open.exists() else 0
         if found < self.length:
             warn(f"{self._open} lost {self.length - found:,} bytes, as after a power failure: those pages are missing")
             self.length = found
-        self._file = open(self._open, "ab")  # noqa: SIM115
+        self._file = open(self._open, "ab")
         self._file.truncate(self.length)
         self._file.seek(0, os.SEEK_END)
 
@@ -52,7 +52,7 @@ class Output:
         os.replace(self._open, self._part())
         sync_file(self._out)
         self._forget()
-        self._file = open(self._open, "ab")  # noqa: SIM115
+        self._file = open(self._open, "ab")
 
     def close(self) -> None:
         self._file.close()

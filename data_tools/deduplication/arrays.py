@@ -60,7 +60,7 @@ class ArrayFile:
 
     def field(self, name: str, places: np.ndarray) -> np.ndarray:
         """A field of the elements at `places` (int64 [n]) of an array of records: [n, ...]."""
-        kind, offset = self.dtype.fields[name][:2]  # type: ignore[index]
+        kind, offset = self.dtype.fields[name][:2]
         offsets = self._start + offset + places * self.dtype.itemsize
         data = b"".join([os.pread(self._file, kind.itemsize, place) for place in offsets.tolist()])
         return np.frombuffer(data, kind.base).reshape(len(places), *kind.shape)

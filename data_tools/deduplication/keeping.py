@@ -70,7 +70,7 @@ class Keeper(Stage):
         self._exact, self._similarity = np.empty(0, bool), np.empty(0)
         self._list, self._shown_file = duplicates_file(work, unit.number), shown_file(work, unit.number)
         self._unfinished = self._list.with_name(f".{self._list.name}.{os.getpid()}.tmp")
-        self._file = open(self._unfinished, "w", encoding="utf-8")  # noqa: SIM115 - closed by finish_unit
+        self._file = open(self._unfinished, "w", encoding="utf-8")  # closed by finish_unit
 
     def process(self, record: Record) -> Record | Rejected:
         number = self._next

@@ -158,7 +158,7 @@ class Passes:
         stored = runs_of({"runs": self._runs}, self._work)
         shown: dict[str, dict] = {}
         for unit in units:
-            shown |= read_json(shown_file(self._work, unit.number))  # type: ignore[arg-type]
+            shown |= read_json(shown_file(self._work, unit.number))
         return [
             {
                 "removed_documents": size,

@@ -230,13 +230,13 @@ class _Reader:
             names = [file.path for file in files if file]
             for name in sorted({name for name in names if names.count(name) > 1}):
                 self.problem(f"{where}.http", f"two addresses would both become {name}: give one a path")
-            return None if None in files else Source("http", files[0].url, tuple(files))  # type: ignore[union-attr, arg-type]
+            return None if None in files else Source("http", files[0].url, tuple(files))
         good = self.keys(value, where, {kind: str, "revision": str, "files": list})
         name = good.get(kind, "")
         if kind in good and not _REPOSITORY.fullmatch(name):
             self.problem(f"{where}.{kind}", f"{name!r} is not of the form OWNER/NAME")
         files = [self.file(item, f"{where}.files[{n}]", "path") for n, item in enumerate(good.get("files", []))]
-        return None if None in files else Source(kind, name, tuple(files), good.get("revision", _REVISION[kind]))  # type: ignore[arg-type]
+        return None if None in files else Source(kind, name, tuple(files), good.get("revision", _REVISION[kind]))
 
     def file(self, value: object, where: str, main: str) -> SourceFile | None:
         """A string, or a mapping with bytes and sha256 beside it."""

@@ -85,7 +85,7 @@ class Convert(Stage):
 
     def __init__(self, options: dict[str, object]) -> None:
         super().__init__(options)
-        self.converter: Mapping[str, object] = options["converter"]  # type: ignore[assignment]
+        self.converter: Mapping[str, object] = options["converter"]
         self.dropped: Counter[str] = Counter()
 
     def process(self, record: Record) -> Record | Rejected:
@@ -106,10 +106,10 @@ def convert(record: Record, converter: Mapping[str, object], dropped: Counter[st
         if isinstance(taken, Rejected) or "replace" not in converter:
             return taken
         text = str(taken["text"])
-        for old, new in converter["replace"].items():  # type: ignore[attr-defined]
+        for old, new in converter["replace"].items():
             text = text.replace(old, new)
         return {**taken, "text": text} if text.strip() else Rejected(identity, "empty", "only marks are in it")
-    rules: Mapping[str, object] = converter["messages"]  # type: ignore[assignment]
+    rules: Mapping[str, object] = converter["messages"]
     try:
         turns = _of_turns(record, rules, dropped) if "conversations" in rules else _of_columns(record, rules)
         if (column := rules.get("system")) and str(record.get(str(column)) or "").strip():
@@ -142,7 +142,7 @@ def _of_turns(record: Record, rules: Mapping[str, object], dropped: Counter[str]
             raise _Unfit("no_turns", f"{column!r} is a string that is no JSON") from None
     if not isinstance(value, list) or not value:
         raise _Unfit("no_turns", f"{column!r} is not a list of turns (fields {', '.join(record)})")
-    roles = {**ROLES, **rules.get("roles", {})}  # type: ignore[dict-item]
+    roles = {**ROLES, **rules.get("roles", {})}
     turns = []
     for turn in value:
         if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
@@ -171,7 +171,7 @@ def _of_columns(record: Record, rules: Mapping[str, object]) -> list[dict[str, s
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     prompt = "\n".join(str(value) for value in asked if value is not None and str(value).strip())
     answer = record.get(str(rules["response"]))
-    return [*turns, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]  # type: ignore[dict-item]
+    return [*turns, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _check(turns: list[dict[str, str]]) -> None:

@@ -45,7 +45,7 @@ def web_for(source: Source, endpoint: str, **options: object) -> Web:
     """The way to a source; HF_TOKEN goes with requests to Hugging Face (or the mirror named) only."""
     token = os.environ.get("HF_TOKEN") if source.kind == "huggingface" else None
     host = urlsplit(endpoint).netloc if source.kind == "huggingface" else ""
-    return Web(token, host, **options)  # type: ignore[arg-type]
+    return Web(token, host, **options)
 
 
 def list_files(web: Web, source: Source, endpoint: str, patterns: Sequence[str] = ()) -> list[RemoteFile]:

@@ -151,7 +151,7 @@ class Job:
         needed = sum(size or 0 for size in sizes) - here
         if needed > free_bytes(self.out):
             raise UserError(no_room(self.out, needed))
-        size = "size unknown" if None in sizes else size_text(sum(sizes))  # type: ignore[arg-type]
+        size = "size unknown" if None in sizes else size_text(sum(sizes))
         which = f"{len(missing)} of {num_files} files" if num_files > 1 else missing[0][0].path
         say(f"{self.out}: loading {which}, {size}" + (f", of which {size_text(here)} are here" if here else ""))
         progress = Progress(sizes)

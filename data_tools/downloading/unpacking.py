@@ -117,14 +117,14 @@ def _members(source: Path) -> Iterator[tuple[str, BinaryIO]]:
                 if member.isfile():
                     stream = archive.extractfile(member)
                     assert stream is not None
-                    yield member.name, stream  # type: ignore[misc]
+                    yield member.name, stream
     elif name.endswith(".zip"):
         with zipfile.ZipFile(source) as archive:
             for info in archive.infolist():
                 if not info.is_dir():
                     with archive.open(info) as stream:
-                        yield info.filename, stream  # type: ignore[misc]
+                        yield info.filename, stream
     else:
         suffix = next(suffix for suffix in SINGLE if name.endswith(suffix))
         with contextlib.closing(SINGLE[suffix](source, "rb")) as stream:
-            yield source.name[: -len(suffix)], stream  # type: ignore[misc]
+            yield source.name[: -len(suffix)], stream

@@ -97,7 +97,7 @@ def label_records(
     with work_folder(out, paths, command) as work:
         if (out / "summary.json").is_file():
             say(f"{out} is finished already: nothing to do")
-            return read_json(out / "summary.json")  # type: ignore[return-value]
+            return read_json(out / "summary.json")
         start = time.monotonic()
         arguments = {"options": options, "text": asdict(text), "out": str(out), "compress": compress}
         results = run_units(_split_unit, units, arguments, work, workers=workers, label="label")
@@ -128,12 +128,12 @@ def _split_unit(unit: Unit, arguments: dict, work: Path, progress: Callable[[int
                 tally.reject(record)
                 continue
             labelled = stage.process(record)
-            name = folder_name(labelled[stage.options["field"]])  # type: ignore[arg-type, index]
+            name = folder_name(labelled[stage.options["field"]])
             if name not in files:
                 (out / name).mkdir(exist_ok=True)
                 paths.append(out / name / part)
                 files[name] = stack.enter_context(part_file(paths[-1]))
-            files[name].write(encode(labelled))  # type: ignore[attr-defined]
+            files[name].write(encode(labelled))
             result["records_out"] += 1
     result["bytes_out"] = sum(path.stat().st_size for path in paths)
     result["statistics"] = stage.finish_unit()

@@ -54,7 +54,7 @@ class _Column:
     """One file that grows."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115
+        self._file = open(path, "wb")
         self._values = array("i" if path.suffix == ".i32" else "q")
         assert self._values.itemsize == _TYPES[path.suffix[1:]].itemsize
 

@@ -180,7 +180,7 @@ def as_date(value: object) -> str | None:
     if isinstance(value, bool) or value is None:
         return None
     if hasattr(value, "strftime"):
-        return value.strftime("%Y-%m-%d")  # type: ignore[attr-defined]
+        return value.strftime("%Y-%m-%d")
     if isinstance(value, str) and re.fullmatch(r"\s*\d{9,13}(\.\d+)?\s*", value):
         value = float(value)
     if isinstance(value, (int, float)):

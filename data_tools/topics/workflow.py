@@ -75,7 +75,7 @@ def fit_topics(request: Request) -> dict:
     with work_folder(request.out, paths, command) as work:
         if (request.out / "summary.json").is_file():
             say(f"{request.out} holds this model already: nothing to do")
-            return read_json(request.out / "summary.json")  # type: ignore[return-value]
+            return read_json(request.out / "summary.json")
         start = time.monotonic()
         mode = choose_tokenizer(request.tokenizer, texts)
         date_field = choose_date_field(request.date_column, fields)
@@ -119,7 +119,7 @@ def _corpus(request: Request, mode: str, units, counts: dict, work: Path) -> tup
         )
     known = work / "vocabulary.json"
     if known.is_file():
-        vocabulary = Vocabulary.from_json(read_json(known))  # type: ignore[arg-type]
+        vocabulary = Vocabulary.from_json(read_json(known))
     else:
         step = -(-num_documents // _LEARN_FROM)
         vocabulary = learn(lambda: read_runs(units, work, request.limit, step), request.choices, mode)
@@ -161,7 +161,7 @@ def _fitted(request: Request, corpus: Corpus, work: Path) -> tuple[int, Fitted, 
                    "by_topic": found}  # fmt: skip
             _save_arrays(fitted, folder)
             write_json(folder / "done.json", row)
-        table.append(row)  # type: ignore[arg-type]
+        table.append(row)
         say(f"{number} topics: c_npmi {row['c_npmi']:.4f}, c_v {row['c_v']:.4f}, u_mass {row['u_mass']:.3f}, "
             f"{row['seconds']:.1f} s")  # fmt: skip
     best, why = choose(table, request.choose_by)
@@ -316,4 +316,4 @@ def _say_topics(request: Request, summary: dict) -> None:
 
 def load_topics(out: Path) -> list[dict]:
     """The entries of a model's topics.json."""
-    return read_json(out / "topics.json")  # type: ignore[return-value]
+    return read_json(out / "topics.json")

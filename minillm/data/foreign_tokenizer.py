@@ -190,7 +190,7 @@ def _from_tiktoken(words: str) -> PreTrainedTokenizerFast:
     return from_ranks(library._mergeable_ranks, in_onigurumas_syntax(library._pat_str), library._special_tokens)
 
 
-def _tiktoken_encoding(name: str):  # noqa: ANN202  (tiktoken.Encoding, and tiktoken may not be there)
+def _tiktoken_encoding(name: str):  # tiktoken.Encoding, and tiktoken may not be there
     try:
         import tiktoken
     except ImportError:

@@ -112,12 +112,12 @@ def check_shard_index(index: object, where: str) -> dict:
         raise UserError(f"{where} has format {found!r}, known are {' and '.join(known)}: is this a folder of shards?")
     header, entry = _REQUIRED[found]
     try:
-        for key in (*header, *(key for key in _OPTIONAL if key in index)):  # type: ignore[operator]
-            _check(index, key)  # type: ignore[arg-type]
-        if not index.get("eos_token_id", 0) < index.get("vocab_size", math.inf):  # type: ignore[union-attr]
-            raise ValueError(f"eos_token_id is {index['eos_token_id']}, above its vocabulary")  # type: ignore[index]
+        for key in (*header, *(key for key in _OPTIONAL if key in index)):
+            _check(index, key)
+        if not index.get("eos_token_id", 0) < index.get("vocab_size", math.inf):
+            raise ValueError(f"eos_token_id is {index['eos_token_id']}, above its vocabulary")
         names = set()
-        for shard in index["shards"]:  # type: ignore[index]
+        for shard in index["shards"]:
             if not _SHARD_NAME.fullmatch(shard["name"]):
                 raise UserError(f"{where} names a shard {shard['name']!r}: names must be plain NAME.tar")
             if shard["name"] in names:
@@ -126,12 +126,12 @@ def check_shard_index(index: object, where: str) -> dict:
             for key in ("bytes", "sha256", *entry):
                 _check(shard, key)
             if found == TOKEN_FORMAT:
-                _check_size(shard, index)  # type: ignore[arg-type]
+                _check_size(shard, index)
     except KeyError as error:
         raise UserError(f"{where} is damaged (no {error}): write the shards again") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is damaged ({error}): write the shards again") from error
-    return index  # type: ignore[return-value]
+    return index
 
 
 def _check(values: dict, key: str) -> None:

@@ -2,8 +2,7 @@
 
 Contract: SPECIAL_TOKENS have the ids 0..4, `<|endoftext|>` ends documents and pads, the chat template is ChatML. Both
 kinds are lossless: decode(encode(text)) == text for every text, whatever it was trained on. What a tokenizer does to
-text (`encode_texts`, `token_byte_lengths`, `fingerprint`) is in text_encoding.py and is offered here too; how
-tokenizers of others are read is in foreign_tokenizer.py.
+text is in text_encoding.py; how tokenizers of others are read is in foreign_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -16,25 +15,12 @@ from typing import TYPE_CHECKING
 
 from minillm.data.chat_template import CHAT_TEMPLATE
 from minillm.data.foreign_tokenizer import open_tokenizer
-from minillm.data.text_encoding import encode_texts, fingerprint, token_byte_lengths, vocabulary_size
 from minillm.utils.errors import UserError
 from minillm.utils.files import write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-
-__all__ = [
-    "SPECIAL_TOKENS",
-    "build_char_tokenizer",
-    "encode_texts",
-    "fingerprint",
-    "load_tokenizer",
-    "save_tokenizer",
-    "token_byte_lengths",
-    "train_bpe_tokenizer",
-    "vocabulary_size",
-]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256  # every byte has a token

@@ -1,6 +1,6 @@
 """A conversation as data: who said what, and a prompt that fits the model's context.
 
-Contract: no I/O, no torch, no model. What is cut away to make room is counted and returned, never dropped silently:
+Contract: no I/O, no model. What is cut away to make room is counted and returned, never dropped silently:
 whole turns (a question and its reply), the oldest first; the system message and the newest question always stay.
 """
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from minillm.data.chat_template import CHAT_TEMPLATE, encode_conversation
-from minillm.data.tokenizer import encode_texts
+from minillm.data.text_encoding import encode_texts
+from minillm.models.chat import encode_chat
 from minillm.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ Encode = Callable[[list[Message]], list[int]]
 def chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Messages -> prompt ids that end where the assistant is to begin.
 
-    With minillm's own template, contents can never become control tokens. Another model's template is rendered by
-    transformers as that model's users do. Raises a UserError when the tokenizer has no template.
+    Contents never become control tokens, with any template (minillm.models.chat). Raises a UserError when the
+    tokenizer has no template, or its template refuses the messages.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -34,16 +34,13 @@ def chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
             "or set chat_template in its tokenizer_config.json"
         )
 
-    def encode_own(messages: list[Message]) -> list[int]:
-        return encode_conversation(tokenizer, messages, add_generation_prompt=True)[0]
-
-    def encode_foreign(messages: list[Message]) -> list[int]:
+    def encode(messages: list[Message]) -> list[int]:
         try:
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            return encode_chat(tokenizer, messages)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template of {tokenizer.name_or_path} refuses this: {error}") from error
 
-    return encode_own if tokenizer.chat_template == CHAT_TEMPLATE else encode_foreign
+    return encode
 
 
 def continuation_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:

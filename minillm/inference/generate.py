@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from minillm.models.chat import context_length, end_of_turn_ids
 from minillm.utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 REPLACEMENT = "\ufffd"
 MAX_HELD = 3  # bytes of an unfinished UTF-8 character
 MIN_WINDOW = 12  # tokens that surely hold MAX_HELD unfinished characters of up to three bytes, and one cut by the edge
@@ -51,21 +50,6 @@ class Sampling:
         )
         if problems := [f"{name} is {getattr(self, name)}: it must be {rule}" for name, ok, rule in rules if not ok]:
             raise UserError("; ".join(problems))
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Prompt plus reply, in tokens, that the model's positions allow (no limit in the config: sys.maxsize)."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-
-
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a reply: <|im_end|>, <|endoftext|> where they exist, and what model and tokenizer call their end."""
-    special = tokenizer.get_added_vocab()
-    ids = {special[token] for token in STOP_TOKENS if token in special}
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    for value in (declared, tokenizer.eos_token_id):
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
-    return sorted(ids)
 
 
 class IncrementalDecoder:
@@ -127,15 +111,16 @@ class ReplyStream:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sampling: Sampling
     ):
-        room = context_length(model) - len(ids)
+        context = context_length(model.config)
+        room = context - len(ids)
         if not ids:
             raise UserError("the prompt is empty: give some text to answer or continue")
         if room < 1:
-            raise UserError(f"a prompt of {len(ids)} tokens leaves no room in a context of {context_length(model)}")
+            raise UserError(f"a prompt of {len(ids)} tokens leaves no room in a context of {context}")
         self.finish_reason = "context" if room < sampling.max_new_tokens else "length"
         self.num_new_tokens = 0
         self._model, self._ids, self._seed = model, list(ids), sampling.seed
-        self._stop_ids = stop_token_ids(model, tokenizer)
+        self._stop_ids = end_of_turn_ids(tokenizer, model.generation_config)
         self._config = _generation_config(sampling, min(room, sampling.max_new_tokens), self._stop_ids)
         self._decoder = IncrementalDecoder(tokenizer)
         self._queue: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
@@ -197,17 +182,6 @@ class ReplyStream:
     def _hand_over(self, piece: str) -> None:
         if piece:
             self._queue.put(piece)
-
-
-def stream_reply(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], sampling: Sampling
-) -> ReplyStream:
-    """Generate after the prompt `ids` and yield text as soon as its characters are whole (see ReplyStream).
-
-    Raises:
-        UserError: the prompt is empty or fills the context.
-    """
-    return ReplyStream(model, tokenizer, ids, sampling)
 
 
 def _generation_config(sampling: Sampling, max_new_tokens: int, stop_ids: list[int]) -> GenerationConfig:

@@ -1,4 +1,4 @@
-"""From a model folder (minillm.run_folder finds it) to a model and its tokenizer.
+"""From a model folder (minillm.run_folder finds it) to a model.
 
 Contract: torch and transformers are imported by `load_*`. Weights that are missing from a file are an error, never a
 fresh initialisation. Nothing is downloaded and no code from a model folder is run.
@@ -14,24 +14,9 @@ from minillm.run_folder import resolve_model_folder
 from minillm.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "fp32", "bf16")
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model folder."""
-    from transformers import AutoTokenizer
-
-    import minillm.models  # noqa: F401 (AutoTokenizer reads config.json, which has to be a class it knows)
-
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise UserError(f"{folder} has no tokenizer (tokenizer.json): copy the tokenizer's files beside the weights")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust library raises bare Exception for a damaged file
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
 def load_model(

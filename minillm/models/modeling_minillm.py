@@ -31,7 +31,7 @@ from minillm.compat.transformers_api import (
     warn_once,
 )
 from minillm.models.balancing import Routing, routing_by_layer
-from minillm.models.chat import encode_chat
+from minillm.models.chat import context_length, encode_chat, end_of_turn_ids
 from minillm.models.configuration_minillm import MiniLLMConfig
 from minillm.models.feed_forward import build_mlp
 from minillm.models.linear import Linear
@@ -372,16 +372,16 @@ class MiniLLMForCausalLM(MiniLLMPreTrainedModel, GenerationMixin):
             # With the config at hand the loader need not ask whether a folder's own code may run to read it.
             tokenizer = AutoTokenizer.from_pretrained(source_folder(self.config), config=self.config)
         messages = [*(history or []), {"role": "user", "content": message}]
-        ids, end_of_turn = encode_chat(tokenizer, messages)
-        room = self.config.max_position_embeddings - len(ids)
+        ids, context = encode_chat(tokenizer, messages), context_length(self.config)
+        room = context - len(ids)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens and the context {self.config.max_position_embeddings}: "
-                "shorten the message or drop old turns of the history"
+                f"the conversation has {len(ids)} tokens and the context {context}: shorten the message or drop old "
+                "turns of the history"
             )
         if "max_length" not in generate_kwargs:
             generate_kwargs.setdefault("max_new_tokens", min(256, room))
-        generate_kwargs.setdefault("eos_token_id", end_of_turn)
+        generate_kwargs.setdefault("eos_token_id", end_of_turn_ids(tokenizer, self.generation_config))
         generate_kwargs.setdefault("pad_token_id", tokenizer.pad_token_id)
         prompt = torch.tensor([ids], device=self.device)
         was_training = self.training

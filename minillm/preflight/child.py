@@ -61,7 +61,7 @@ class Report:
     """The child's side: one JSON object a line, flushed."""
 
     def __init__(self, path: str):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(path, "a", encoding="utf-8")
 
     def _write(self, **entry: object) -> None:
         self._file.write(json.dumps(entry) + "\n")

@@ -12,7 +12,8 @@ import torch
 from minillm.data.loader import BatchLoader
 from minillm.data.sequence_stream import build_stream
 from minillm.data.sources import TokenSource, open_sources
-from minillm.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+from minillm.data.text_encoding import fingerprint, vocabulary_size
+from minillm.data.tokenizer import load_tokenizer
 from minillm.interop.convert import load_as_minillm, load_config_as_minillm
 from minillm.models import MiniLLMConfig, MiniLLMForCausalLM
 from minillm.settings.architecture import Architecture

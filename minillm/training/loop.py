@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from minillm.data.tokenizer import token_byte_lengths
+from minillm.data.text_encoding import token_byte_lengths
 from minillm.models import MiniLLMConfig
 from minillm.run_folder import Checkpoint, check_content
 from minillm.settings.accounting import flops_per_token

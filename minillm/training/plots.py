@@ -10,11 +10,11 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot  # noqa: E402 (the backend has to be chosen first)
-from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter  # noqa: E402
+from matplotlib import pyplot  # the backend has to be chosen first
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from minillm.run_folder import RunFolder  # noqa: E402
-from minillm.utils.logging import say, warn  # noqa: E402
+from minillm.run_folder import RunFolder
+from minillm.utils.logging import say, warn
 
 LOADS = {-2: "1/4", -1: "1/2", 0: "even", 1: "2x", 2: "4x"}  # log2(share * E) -> its name on the colour bar
 MAX_COLUMNS = 200  # of the heat map, over time

@@ -34,7 +34,7 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._hash = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(path, "wb")  # closed in __exit__
         self._put(len(text).to_bytes(8, "little") + text)
 
     def _put(self, data: bytes | memoryview) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minillm.data.chat_template import encode_conversation
+from minillm.models.chat import encode_chat, end_of_turn_ids
 from minillm.settings.run import SamplesSection
 from minillm.utils import distributed
 from minillm.utils.logging import say
@@ -23,7 +23,7 @@ def sample(engine, tokenizer, section: SamplesSection, chat: bool) -> list[dict[
     with rng_untouched(), torch.compiler.set_stance("force_eager"):
         for prompt in section.prompts:
             ids = (
-                encode_conversation(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+                encode_chat(tokenizer, [{"role": "user", "content": prompt}])
                 if chat
                 else tokenizer(prompt)["input_ids"]
             )
@@ -34,7 +34,7 @@ def sample(engine, tokenizer, section: SamplesSection, chat: bool) -> list[dict[
                 max_new_tokens=section.max_new_tokens,
                 do_sample=False,
                 synced_gpus=distributed.world_size() > 1,
-                eos_token_id=stop_ids(tokenizer),
+                eos_token_id=end_of_turn_ids(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
             )
             text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
@@ -42,9 +42,3 @@ def sample(engine, tokenizer, section: SamplesSection, chat: bool) -> list[dict[
             texts.append({"prompt": prompt, "text": text})
     engine.train()
     return texts
-
-
-def stop_ids(tokenizer) -> list[int]:
-    """<|endoftext|> and, where the tokenizer has it, <|im_end|>."""
-    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    return sorted({i for i in ids if i is not None})

@@ -123,7 +123,7 @@ def manifest_problems(directory: Path, largest: int | None = None, needed: Seque
     if not path.is_file():
         return [f"{path} is missing"]
     try:
-        files = read_json(path)["files"]  # type: ignore[index]
+        files = read_json(path)["files"]
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except OSError as error:
         return [f"{path} cannot be read ({error.strerror})"]

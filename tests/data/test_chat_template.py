@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from minillm.data.chat_template import check_messages, encode_conversation, encode_conversations
-from minillm.data.tokenizer import build_char_tokenizer, encode_texts, train_bpe_tokenizer
+from minillm.data.text_encoding import encode_texts
+from minillm.data.tokenizer import build_char_tokenizer, train_bpe_tokenizer
 from minillm.utils.errors import UserError
 
 TALK = [

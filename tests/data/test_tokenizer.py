@@ -13,14 +13,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from minillm.data.text_encoding import encode_texts, fingerprint, token_byte_lengths
 from minillm.data.tokenizer import (
     SPECIAL_TOKENS,
     build_char_tokenizer,
-    encode_texts,
-    fingerprint,
     load_tokenizer,
     save_tokenizer,
-    token_byte_lengths,
     train_bpe_tokenizer,
 )
 from minillm.utils.errors import UserError
@@ -42,6 +40,8 @@ TEXTS = {
     "byte tokens": "<0xE4><0x0A> Ġ Ċ",
 }
 ROOT = Path(__file__).parents[2]
+
+IMPORTS = "from minillm.data.tokenizer import *; from minillm.data.text_encoding import fingerprint; "
 
 
 @pytest.fixture(scope="module", params=["bpe", "char"])
@@ -104,7 +104,7 @@ def test_saved_folder_loads_everywhere_with_the_same_fingerprint(tokenizer, tmp_
     loaded = AutoTokenizer.from_pretrained(folder)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
-    code = f"from minillm.data.tokenizer import *; print(fingerprint(load_tokenizer({str(again)!r})))"
+    code = f"{IMPORTS}print(fingerprint(load_tokenizer({str(again)!r})))"
     fresh = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert fingerprint(tokenizer) == fingerprint(loaded) == fresh.stdout.strip()
     assert len(fingerprint(tokenizer)) == 16 and int(fingerprint(tokenizer), 16) >= 0
@@ -143,7 +143,7 @@ def test_merges_in_another_order_are_another_tokenizer():
 
 def test_training_gives_the_same_tokenizer_in_every_process():
     code = (
-        "from minillm.data.tokenizer import *; from pydoc_data.topics import topics\n"
+        f"{IMPORTS}from pydoc_data.topics import topics\n"
         "print(fingerprint(train_bpe_tokenizer(topics.values(), 800)))"
     )
     runs = [

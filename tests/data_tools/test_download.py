@@ -48,11 +48,11 @@ def no_settings_of_this_machine(monkeypatch):
 
 
 def fast_web(**options: object) -> Web:
-    return Web(**{"wait_s": 0.01, "timeout_s": 5.0, **options})  # type: ignore[arg-type]
+    return Web(**{"wait_s": 0.01, "timeout_s": 5.0, **options})
 
 
 def fetch(server: LocalServer, out: Path, web: Web | None = None, **known: object) -> object:
-    remote = RemoteFile("f.bin", server.url("/f.bin"), **known)  # type: ignore[arg-type]
+    remote = RemoteFile("f.bin", server.url("/f.bin"), **known)
     return fetch_file(web or fast_web(), remote, out / "f.bin", Progress([None]))
 
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from data_tools.tokenizer import build_tokenizer, import_tokenizer, inspect_tokenizer, split_text
-from minillm.data.tokenizer import encode_texts, load_tokenizer
+from minillm.data.text_encoding import encode_texts
+from minillm.data.tokenizer import load_tokenizer
 from minillm.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 
 from minillm.data.tokenizer import build_char_tokenizer
-from minillm.inference.generate import IncrementalDecoder, Sampling, stream_reply
+from minillm.inference.generate import IncrementalDecoder, ReplyStream, Sampling
 from minillm.utils.errors import UserError
 from tests.support.tiny_run import TEXTS, tiny_model, tiny_tokenizer
 
@@ -81,7 +81,7 @@ def test_stream_equals_generate():
     prompt = plain_ids("What does len do?")
     output = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
     assert output.shape[1] == len(prompt) + 40
-    stream = stream_reply(model, tokenizer, prompt, GREEDY)
+    stream = ReplyStream(model, tokenizer, prompt, GREEDY)
     assert "".join(stream) == tokenizer.decode(output[0, len(prompt) :])
     assert (stream.finish_reason, stream.num_new_tokens) == ("length", 40)
 
@@ -94,7 +94,7 @@ def test_end_of_turn_ends_the_reply_and_is_not_shown(token):
         best = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
         weight = model.get_output_embeddings().weight
         weight[tokenizer.convert_tokens_to_ids(token)] = 1.5 * weight[best]  # its logit was positive, now it wins
-    stream = stream_reply(model, tokenizer, prompt, GREEDY)
+    stream = ReplyStream(model, tokenizer, prompt, GREEDY)
     assert list(stream) == []
     assert (stream.finish_reason, stream.num_new_tokens) == ("stop", 0)
 
@@ -104,7 +104,7 @@ def test_a_models_own_end_tokens_count():
     prompt = plain_ids("What does len do?")
     output = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)[0, len(prompt) :].tolist()
     model.generation_config.eos_token_id = [output[4]]
-    stream = stream_reply(model, tokenizer, prompt, GREEDY)
+    stream = ReplyStream(model, tokenizer, prompt, GREEDY)
     kept = output[: output.index(output[4])]
     assert "".join(stream) == tokenizer.decode(kept)
     assert (stream.finish_reason, stream.num_new_tokens) == ("stop", len(kept))
@@ -112,20 +112,20 @@ def test_a_models_own_end_tokens_count():
 
 def test_the_context_bounds_the_reply():
     model, tokenizer = tiny_model(context=32), tiny_tokenizer()
-    stream = stream_reply(model, tokenizer, plain_ids("len")[:1] * 22, GREEDY)
+    stream = ReplyStream(model, tokenizer, plain_ids("len")[:1] * 22, GREEDY)
     list(stream)
     assert (stream.finish_reason, stream.num_new_tokens) == ("context", 10)
     with pytest.raises(UserError, match="32 tokens leaves no room in a context of 32"):
-        stream_reply(model, tokenizer, [5] * 32, GREEDY)
+        ReplyStream(model, tokenizer, [5] * 32, GREEDY)
     with pytest.raises(UserError, match="empty"):
-        stream_reply(model, tokenizer, [], GREEDY)
+        ReplyStream(model, tokenizer, [], GREEDY)
 
 
 def test_seed_repeats_the_reply_and_leaves_the_random_state_alone():
     model, tokenizer = tiny_model(), tiny_tokenizer()
 
     def reply(seed):
-        return "".join(stream_reply(model, tokenizer, plain_ids("len"), Sampling(1.0, 1.0, 0, 1.0, 30, seed)))
+        return "".join(ReplyStream(model, tokenizer, plain_ids("len"), Sampling(1.0, 1.0, 0, 1.0, 30, seed)))
 
     torch.manual_seed(7)
     untouched = torch.rand(1)
@@ -136,17 +136,17 @@ def test_seed_repeats_the_reply_and_leaves_the_random_state_alone():
 
 def test_settings_win_over_the_folders_generation_config():
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    greedy = "".join(stream_reply(model, tokenizer, plain_ids("len"), GREEDY))
+    greedy = "".join(ReplyStream(model, tokenizer, plain_ids("len"), GREEDY))
     model.generation_config.update(do_sample=True, top_k=1, temperature=0.01, max_new_tokens=3)
     warm = Sampling(2.0, 1.0, 0, 1.0, 40, seed=0)
-    assert "".join(stream_reply(model, tokenizer, plain_ids("len"), warm)) != greedy
+    assert "".join(ReplyStream(model, tokenizer, plain_ids("len"), warm)) != greedy
     model.generation_config.update(top_k=50, temperature=5.0, repetition_penalty=3.0)
-    assert "".join(stream_reply(model, tokenizer, plain_ids("len"), GREEDY)) == greedy
+    assert "".join(ReplyStream(model, tokenizer, plain_ids("len"), GREEDY)) == greedy
 
 
 def test_leaving_early_stops_the_generation():
     model, tokenizer = tiny_model(context=100_000), tiny_tokenizer()
-    stream = stream_reply(model, tokenizer, plain_ids("len"), Sampling(temperature=0, max_new_tokens=90_000))
+    stream = ReplyStream(model, tokenizer, plain_ids("len"), Sampling(temperature=0, max_new_tokens=90_000))
     for _ in stream:
         break
     assert stream.finish_reason == "cancelled"
@@ -156,7 +156,7 @@ def test_leaving_early_stops_the_generation():
 def test_an_error_in_the_model_reaches_the_caller():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     with pytest.raises(IndexError):
-        list(stream_reply(model, tokenizer, [len(tokenizer) + 5], GREEDY))
+        list(ReplyStream(model, tokenizer, [len(tokenizer) + 5], GREEDY))
 
 
 def test_every_wrong_setting_is_named():

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm
-from minillm.interop.load import load_model, load_model_folder, load_tokenizer
+from minillm.interop.load import load_model, load_model_folder
 from minillm.run_folder import RunFolder, describe_model_folder, newest_run_checkpoint, resolve_model_folder
 from minillm.utils.errors import UserError
 from tests.support.tiny_run import tiny_model, tiny_tokenizer, write_run
@@ -163,10 +163,3 @@ def test_truncated_weights_and_tokenizer(runs):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model.safetensors"):
         load_model_folder(folder, device="cpu")
-    (folder / "tokenizer.json").write_text('{"half":')
-    with pytest.raises(UserError, match="the tokenizer in .* cannot be loaded"):
-        load_tokenizer(folder)
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(UserError, match="has no tokenizer"):
-        load_tokenizer(folder)

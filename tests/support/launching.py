@@ -79,7 +79,7 @@ def run(
 
 def run_until(words_of_command: list[str], condition, cwd: Path, number: int, to_group: bool = True) -> int:
     """Start a command, send it (or its whole process group) a signal once `condition()` holds, return its exit code."""
-    log = open(cwd / "killed.log", "w")  # noqa: SIM115
+    log = open(cwd / "killed.log", "w")
     process = subprocess.Popen(
         words_of_command, cwd=cwd, env=environment(ranks_of(words_of_command)), stdout=log, stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -23,7 +23,7 @@ from tests.support.launching import checkpoint, losses, same_bits
 from tests.support.ranks import Ranks
 from tests.support.toy_presets import toy_fields, toy_model
 from tests.training.test_same_losses import BF16, DECAY, FP32, RATE, adamw, plain_torch, zero
-from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
+from tests.training.test_same_losses import settings as settings  # a fixture
 
 # Of three layers, so that the border between two ranks cuts a matrix at ZeRO-1 and 2.
 MUON = {"optim.name": "muon", "model.num_hidden_layers": 3}

@@ -13,7 +13,7 @@ import pytest
 from tests.support.in_process import train
 from tests.support.launching import losses
 from tests.training.test_same_losses import BF16, FP32, plain_torch, zero
-from tests.training.test_same_losses import settings as settings  # noqa: PLC0414 (a fixture)
+from tests.training.test_same_losses import settings as settings  # a fixture
 
 HALF, WHOLE = 3, 6
 
