@@ -102,7 +102,7 @@ settle() {
         kill -KILL -- "-$group" 2>/dev/null
     fi
     # A runner whose launch.py was killed says 0; that of a finished run is quick to say so again.
-    if [ "$code" -eq 0 ] && [ "$waited" -ge 5 ]; then code=1; fi
+    if [ "$code" -eq 0 ] && [ "$waited" -ge 1 ]; then code=1; fi
 }
 
 delay=${SUPERVISE_PAUSE:-5}

@@ -47,9 +47,9 @@ def validate(
     result = {}
     for name, loader in loaders.items():
         sums = torch.zeros(4, dtype=torch.float64)  # loss in nats, target tokens, bytes of the targets, unreadable rows
-        for step in range(loader.num_steps):
-            progress(f"validation on {name}, batch {step + 1} of {loader.num_steps}")
-            batch = loader.batch_at(step)
+        for number in range(loader.num_steps):
+            progress(f"validation on {name}, batch {number + 1} of {loader.num_steps}")
+            batch = loader.batch_at(number)
             sums[3] += batch.num_bad_rows
             for micro_batch in batch.micro_batches:
                 sums[:3] += sums_of(engine, micro_batch, token_bytes)

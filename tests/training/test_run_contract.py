@@ -53,9 +53,11 @@ def test_the_ranks_agree_on_a_step_in_one_collective(settings, monkeypatch):
     )
 
 
-def test_run_folder_and_metrics(settings, tmp_path):
+def test_run_folder_and_metrics(settings, tmp_path, capsys):
     settings["samples.every"], settings["samples.prompts"] = 4, ["The list", "你好"]
     assert train(settings) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "validation at step" in line]
+    assert ["step 0:" in said[0], "step 4:" in said[-1]] == [True, True], said
     run_dir = tmp_path / "r"
     assert {"run.yaml", "ds_config.json", "env.json", "metrics.jsonl", "samples.jsonl", "checkpoints"} <= {
         p.name for p in run_dir.iterdir()
