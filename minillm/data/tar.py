@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 BLOCK = 512
 
 
-# What is often named .tar and is none, by its first bytes.
+# What is often named .tar and is not one, by its first bytes.
 _OTHERS = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -61,7 +61,7 @@ def iterate_members(file: BinaryIO, start: int = 0, end: int | None = None, cont
         content: False skips the data (scanning costs one block a member).
 
     Raises:
-        DamagedTar: a header that is none, a member that runs past the end, no end-of-archive block.
+        DamagedTar: something that is not a header, a member that runs past the end, no end-of-archive block.
     """
     file.seek(0, 2)
     file_size = file.tell()
@@ -70,12 +70,12 @@ def iterate_members(file: BinaryIO, start: int = 0, end: int | None = None, cont
     if start == 0:
         _refuse_others(file)
     while end is None or offset < end:
-        header = _read_at(file, offset, BLOCK)
-        if not any(header):
+        block = _read_at(file, offset, BLOCK)
+        if not any(block):
             return
-        _check_header(header, offset)
-        kind = header[156:157]
-        size = _size(override.get("size"), header, offset)
+        info = _header(block, offset)
+        kind = info.type
+        size = _size(override.get("size"), info, offset)
         body = offset + BLOCK
         if kind in b"123456":  # links, devices and folders carry no data
             size = 0
@@ -89,7 +89,7 @@ def iterate_members(file: BinaryIO, start: int = 0, end: int | None = None, cont
             continue
         if kind in (b"0", b"\0", b"7"):
             data = _read_at(file, body, size) if content else None
-            yield Member(override.get("path") or _name(header), first_header, offset, size, data)
+            yield Member(override.get("path") or info.name, first_header, offset, size, data)
         elif kind == b"S":
             raise DamagedTar(f"the member at byte {first_header} is a GNU sparse file, which is not supported")
         override = {}
@@ -112,37 +112,22 @@ def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     return data
 
 
-def _check_header(header: bytes, offset: int) -> None:
-    # the checksum field itself counts as eight spaces
-    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 256:
-        raise DamagedTar(f"there is no tar header at byte {offset} (wrong checksum)")
+def _header(block: bytes, offset: int) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    except tarfile.HeaderError as error:
+        raise DamagedTar(f"there is no tar header at byte {offset} ({error})") from error
 
 
-def _size(announced: str | None, header: bytes, offset: int) -> int:
+def _size(announced: str | None, info: tarfile.TarInfo, offset: int) -> int:
     """A member's size: a pax header's, else its own."""
     if announced is None:
-        size = _number(header[124:136])
+        size = info.size
     else:
         size = int(announced) if announced.isascii() and announced.isdigit() else -1
     if size < 0:
-        raise DamagedTar(f"the member at byte {offset} has a size that is no number")
+        raise DamagedTar(f"the member at byte {offset} has a size that is not a number")
     return size
-
-
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU base-256, for sizes of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return -1
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0")[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0")[0] + b"/" + name
-    return name.decode("utf-8", "replace")
 
 
 def _extension(kind: bytes, data: bytes) -> dict[str, str]:

@@ -234,7 +234,7 @@ def test_a_shard_that_may_not_be_read(place, fault_table):
 
 GOOD = make.documents(sentences(5, 6))
 PLAIN = make.tar_of(GOOD)
-NO_NUMBER = "has a size that is no number"
+NO_NUMBER = "has a size that is not a number"
 BROKEN_TARS = {
     "cut in half": (PLAIN[: len(PLAIN) // 2], "a.tar: it is cut at byte"),
     "cut inside a header": (PLAIN[: 1024 + 100], "a.tar: it is cut at byte"),
@@ -247,7 +247,7 @@ BROKEN_TARS = {
     "a size beyond the file": (make.with_size(PLAIN, b"77777777777\0"), "cut at byte .* inside the member at byte 0"),
     "a size of 2^70": (make.with_size(PLAIN, make.base256(1 << 70)), "cut at byte .* inside the member at byte 0"),
     "a negative size": (make.with_size(PLAIN, b"-0000000100\0"), NO_NUMBER),
-    "a size that is no number": (make.with_size(PLAIN, b"abc"), NO_NUMBER),
+    "a size that is no number": (make.with_size(PLAIN, b"abc"), "there is no tar header at byte 0"),
     "a pax size below zero": (make.with_pax(PLAIN, make.pax_record("size", "-1536")), NO_NUMBER),
     "a pax size that is no number": (make.with_pax(PLAIN, make.pax_record("size", "many")), NO_NUMBER),
     "a pax record longer than its header": (make.with_pax(PLAIN, b"99 path=x\n"), "a pax header in it makes no sense"),
