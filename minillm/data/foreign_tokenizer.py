@@ -91,7 +91,7 @@ def open_tokenizer(source: Path | str) -> PreTrainedTokenizerFast:
             return _from_gpt2(folder / vocabulary, folder / merges)
     found = [name for name in _CONVERTIBLE if (folder / name).is_file()]
     if not found:
-        raise UserError(f"{folder} is no tokenizer folder (tokenizer.json is missing): {_FIX}")
+        raise UserError(f"{folder} is not a tokenizer folder (tokenizer.json is missing): {_FIX}")
     return _from_slow(folder, found)
 
 
@@ -221,7 +221,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except ValueError as error:
             raise UserError(f"{path}:{number} is not `BASE64 RANK` ({error}): it is no .tiktoken file") from error
     if missing := 256 - sum(len(token) == 1 for token in ranks):
-        raise UserError(f"{path} is no whole .tiktoken file: {missing} of the 256 bytes have no token")
+        raise UserError(f"{path} is not a whole .tiktoken file: {missing} of the 256 bytes have no token")
     return ranks
 
 

@@ -108,7 +108,7 @@ def _fetch_index(base: str, folder: Path, wait_s: float) -> dict | None:
     try:
         index = check_shard_index(json.loads(raw), url)
     except (ValueError, UserError) as error:
-        warn(f"{url} is no index of shards ({error}); going on without one")
+        warn(f"{url} is not an index of shards ({error}); going on without one")
         return None
     if known is not None and known != index:
         before = {entry["name"]: entry for entry in known["shards"]}

@@ -133,7 +133,7 @@ def _entries(spec: str | Sequence[dict]) -> list[tuple[str, str, float]]:
 
 
 def _name_of(path: str) -> str:
-    """A name for an entry that has none: the last part of the path that is no pattern."""
+    """A name for an entry that has none: the last part of the path that is not a pattern."""
     plain = [part for part in path.split("?")[0].split("/") if part and not set(part) & set("*?[{") and part != INDEX]
     return plain[-1].removesuffix(".tar") if plain else "data"
 

@@ -39,7 +39,7 @@ _REQUIRED = {
     ),
 }  # fmt: skip
 _OPTIONAL = ("documents", "num_samples", "vocab_size")
-# what they hold, where it is no count
+# what they hold, where it is not a count
 _VALID: dict[str, Callable[[object], bool]] = {
     "sha256": lambda value: isinstance(value, str),
     "tokenizer": lambda value: isinstance(value, str),
@@ -54,7 +54,7 @@ Document = dict[str, object]
 
 
 class BadSample(ValueError):
-    """One sample that is no document; the message says why."""
+    """One sample that is not a document; the message says why."""
 
 
 class TextShard(NamedTuple):
@@ -141,7 +141,7 @@ def _check(values: dict, key: str) -> None:
         if not _VALID[key](value):
             raise ValueError(f"{key} is {value!r}")
     elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{key} is {value!r}, which counts nothing")
+        raise ValueError(f"{key} is {value!r}: it must be a whole number, 0 or more")
 
 
 def _check_size(shard: dict, index: dict) -> None:
@@ -214,7 +214,7 @@ def decode_sample(fields: dict[str, bytes | None]) -> Document:
     """The document in a sample: its json with "text" or "messages", else its txt.
 
     Raises:
-        BadSample: neither is there, not UTF-8, not JSON, or text that is no valid Unicode.
+        BadSample: neither is there, not UTF-8, not JSON, or text that is not valid Unicode.
     """
     raw = fields.get("json")
     if raw is not None:

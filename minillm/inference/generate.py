@@ -83,7 +83,7 @@ class IncrementalDecoder:
             self._settled = len(self._window)
             self._shown = len(self._text())
         elif overflow:
-            # A long run of bytes that are no text: UTF-8 resynchronises, so its last tokens decode as before.
+            # A long run of bytes that are not text: UTF-8 resynchronises, so its last tokens decode as before.
             self._window = self._window[-MIN_WINDOW:]
             self._settled = 0
             self._shown = len(self._text()) - held

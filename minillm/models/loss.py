@@ -2,7 +2,7 @@
 auxiliary terms.
 
 Contract: every term is a sum over rows and targets divided by the same count, so that the terms of micro-batches add
-up to that of the global batch however it is split. -100 is no target. A batch without targets gives exactly 0 with
+up to that of the global batch however it is split. -100 is not a target. A batch without targets gives exactly 0 with
 zero gradients, never NaN, so that a rank whose micro-batch holds only padding takes part like any other.
 """
 

@@ -26,7 +26,7 @@ class RotaryEmbedding(nn.Module):
     Of each head the first R = minillm.settings.architecture.rotary_dim dimensions rotate. `rope_scaling` stretches the
     context by one of ROPE_TYPES.
 
-    The frequencies are computed in fp32 at each forward and are no buffer: a buffer would be rounded to bf16 by
+    The frequencies are computed in fp32 at each forward and not kept: a buffer would be rounded to bf16 by
     `model.bfloat16()`, which is what DeepSpeed calls, and long positions would turn by the wrong angle.
     """
 

@@ -173,7 +173,7 @@ def check_places(run: RunConfig, reads: bool = True) -> None:
     problems = _wrong_inputs(run) if reads else []
     parent = next(folder for folder in (run.run_dir, *run.run_dir.absolute().parents) if folder.exists())
     if not parent.is_dir():
-        problems.append(f"run_root = {run.run_root!r}: {parent} is no folder; name another")
+        problems.append(f"run_root = {run.run_root!r}: {parent} is not a folder; name another")
     elif not os.access(parent, os.W_OK):
         problems.append(f"run_root = {run.run_root!r}: {parent} cannot be written; make it writable, or name another")
     if run.train.compile and not _has_compiler():

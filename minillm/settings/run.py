@@ -184,7 +184,7 @@ Policy = Literal["stop", "skip", "rollback"]
 
 class FaultsSection(Section):
     on_non_finite: Policy = Field(
-        "stop", description="a loss or gradient that is no number: stop, skip the update, or roll back and go past it"
+        "stop", description="a loss or gradient that is not finite: stop, skip the update, or roll back and go past it"
     )
     on_loss_spike: Literal["ignore", "log"] | Policy = Field(
         "log", description="a loss far above the last ones: nothing, an event, or as on_non_finite"

@@ -285,7 +285,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, optimizer: str 
 
     Raises:
         UserError: the names or shapes of weights or moments are not the model's (a checkpoint of another
-            architecture), or they are no numbers.
+            architecture), or they are not numbers.
     """
     parameters = {**dict(model.named_parameters()), **persistent_buffers(model)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -350,7 +350,7 @@ def worst_error(found: Tensors, expected: Tensors, scales: Tensors, rounding: fl
 
     Args:
         scales: whose largest entry an error is divided by.
-        rounding: part of the expected value that is no error.
+        rounding: part of the expected value that is not an error.
     """
     if found.keys() != expected.keys():
         return float("inf"), sorted(found.keys() ^ expected.keys())[0]

@@ -1,4 +1,4 @@
-"""Where the files of minillm stand that are no modules of it: launch scripts, run configurations, DeepSpeed's JSON.
+"""Where the files of minillm stand that are not modules: launch scripts, run configurations, DeepSpeed's JSON.
 
 Contract: they are beside minillm/ in a checkout, and inside it where a wheel was installed (setup.py puts them there).
 What a command line names is first a path, seen from the current folder, and only then one of these files. Stdlib only.

@@ -191,4 +191,4 @@ def test_a_page_in_the_place_of_an_index_is_no_index(server, tmp_path, capsys):
     (server.folder / "index.json").write_text("<html>not found</html>")
     folder = fetch(server.base, ["text-000000.tar"], tmp_path / "cache")
     assert shards_of(folder) == ["text-000000.tar"] and not (folder / "index.json").exists()
-    assert "is no index of shards" in capsys.readouterr().err
+    assert "is not an index of shards" in capsys.readouterr().err

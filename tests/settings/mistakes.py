@@ -78,7 +78,7 @@ DATA = [
     (("data.train=/nowhere/shards", "data.tokenizer=/nowhere/t"), ["data.train = ", "/nowhere/shards", "not there"]),
     (("data.train=.", "data.tokenizer=/nowhere/t"), ["data.tokenizer = ", "/nowhere/t", "not there"]),
     (("data.train=pipe:cat x.tar", "data.tokenizer=."), ["data.train", "pipe: is not supported"]),
-    ("run_root=/proc/version/runs", ["run_root = '/proc/version/runs'", "/proc/version is no folder", "name another"]),
+    ("run_root=/proc/version/runs", ["run_root = '/proc/version/runs'", "/proc/version is not a folder; name"]),
     (("train.train_batch_size=10", "train.train_micro_batch_size_per_gpu=4"),
      ["train.train_batch_size = 10 does not divide", "use train.train_micro_batch_size_per_gpu=2"]),
     (("train.train_batch_size=4", "train.train_micro_batch_size_per_gpu=8"), ["does not divide", "use train"]),
