@@ -53,7 +53,7 @@ class Sampling:
 
 
 class IncrementalDecoder:
-    """Tokens in, finished characters out.
+    """Tokens in, finished characters out; nothing is lost (tokenizers' DecodeStream drops an unfinished character).
 
     Only a window of tokens is decoded again: those since the last finished character, and the ones that finished it
     (some decoders treat a text's first token differently). An unfinished character shows as U+FFFD at the end of the

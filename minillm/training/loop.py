@@ -259,8 +259,7 @@ class Trainer:
     def save(self) -> None:
         self.watch.at(f"saving step {self.state.step}")
         self.state.note_checkpoint()
-        extra = {"data": self.data.fingerprint}
-        self.stall = self.writer.save(self.engine, self.state, extra, self.data.tokenizer)
+        self.stall = self.writer.save(self.engine, self.state, {"data": self.data.fingerprint}, self.data.tokenizer)
         self.guard.saved_step = self.state.step
 
     def leave_early(self, signal: int) -> int:
