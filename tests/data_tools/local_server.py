@@ -98,7 +98,10 @@ class LocalServer:
         return [request for request in self.log if request.path == path]
 
     def sent(self, path: str) -> int:
-        """Body bytes sent for a path, over all requests."""
+        """Body bytes sent for a path, over all requests; a client may have the last block before it is counted."""
+        deadline = time.monotonic() + 2
+        while not all(request.finished for request in self.requests(path)) and time.monotonic() < deadline:
+            time.sleep(0.001)
         return sum(request.sent for request in self.requests(path))
 
     def close(self) -> None:
