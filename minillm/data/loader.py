@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from minillm.data.sequence_stream import IGNORED, SequenceStream
+from minillm.utils import distributed
 from minillm.utils.errors import UserError
 
 _LENGTH_STEP = 64
@@ -142,7 +143,7 @@ class BatchLoader:
             if "document_ids" in inputs:
                 inputs["document_borders"] = document_borders(inputs["document_ids"])
             tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
-            if torch.cuda.is_available():  # so that copies to the device do not wait
+            if distributed.default_device().type == "cuda":  # so that copies to it do not wait
                 tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
             micro_batches.append(tensors)
         num_targets = int(np.count_nonzero(rows["shift_labels"] != IGNORED))
