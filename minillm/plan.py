@@ -229,7 +229,7 @@ def describe(name: str, run: RunConfig, arch: Architecture, order: Order) -> lis
     cards = order.gpus if len(order.sizes) == 1 else f"{order.sizes[0]} to {order.sizes[-1]}"
     nodes = f", {order.gpus_per_node} a node" if order.sizes[-1] > order.gpus_per_node else ""
     return [
-        f"{name}: {counts['total']:,} parameters{active}; batch {batch}, {checkpointing} checkpointing",
+        *_wrapped(f"{name}: {counts['total']:,} parameters{active}; batch {batch}, {checkpointing} checkpointing"),
         f"{cards} x {order.device.name} with {order.gpu_memory / GIB:.4g} GiB{nodes}",
     ]
 
